@@ -1,0 +1,3 @@
+module github.com/c2db162c/stoppablelistener
+
+go 1.22

@@ -1,0 +1,185 @@
+// Package stoppablelistener ends an accept loop and leaves its socket alone.
+//
+// [net.TCPListener.Close] ends a blocked Accept too, but it takes the socket and
+// the clients still queued in the kernel with it; where that is wanted, use Close,
+// or [net/http.Server.Shutdown] for an HTTP server that has nothing else to stop.
+// A [StoppableListener] is for every other accept loop, and for stopping in order:
+// first new connections, then the loop, then the open connections, then the socket.
+package stoppablelistener
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+// pollInterval is the furthest that a listener's deadline lies ahead. Stop does
+// not wait for it; it is long so that an idle listener costs next to nothing.
+const pollInterval = time.Minute
+
+// longPast is a deadline that ends every Accept, as net/http uses it to end reads.
+var longPast = time.Unix(1, 0)
+
+// StoppedError is what Accept and AcceptTCP return once Stop has been called: this
+// very value, so that both err == StoppedError and [errors.Is] hold.
+//
+// It wraps [net.ErrClosed], so an accept loop that knows how to end on a closed
+// listener ends on a stopped one. It is neither a temporary error nor a timeout, so
+// no accept loop tries again.
+//
+//lint:ignore ST1012 this is the published name
+var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.ErrClosed)
+
+// A StoppableListener is a [net.TCPListener] whose accept loops can be stopped while
+// its socket stays open. [New] makes one; the zero value is of no use. Its methods may
+// be called from any number of goroutines at once.
+//
+// Addr, Close, File and SyscallConn are those of the embedded listener. Handing
+// the result of File to a child process ([os/exec.Cmd.ExtraFiles], or its Fd method)
+// puts the socket, which the parent still shares, into blocking mode, where no deadline
+// can interrupt an Accept. So call Stop, wait for the accept loop to return, and start the
+// child then: the clients that come in between wait in the kernel's queue.
+type StoppableListener struct {
+	*net.TCPListener
+
+	stop chan struct{} // no values sent; closed by Stop, with mu held
+
+	mu       sync.Mutex // guards every change of the TCPListener's deadline
+	deadline time.Time  // the caller's own, from SetDeadline; zero means none
+}
+
+// New wraps l, which must be an open, non-nil [*net.TCPListener] as it comes from
+// [net.Listen]; for anything else it returns an error that says what l was. For a
+// closed listener, errors.Is(err, net.ErrClosed) holds.
+//
+// New takes over l and its deadline: one set before is gone. A socket that was
+// stopped can thus be wrapped and served again, as often as you like. Wait for the
+// accept loop on the earlier wrapper to return first: New moves the deadline that tells
+// it to. New starts no goroutine.
+func New(l net.Listener) (*StoppableListener, error) {
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		return nil, fmt.Errorf("stoppablelistener: cannot wrap %T, only *net.TCPListener", l)
+	}
+	if tcp == nil {
+		return nil, errors.New("stoppablelistener: cannot wrap a nil *net.TCPListener")
+	}
+	sl := &StoppableListener{TCPListener: tcp, stop: make(chan struct{})}
+	if err := sl.SetDeadline(time.Time{}); err != nil {
+		return nil, fmt.Errorf("stoppablelistener: cannot wrap listener: %w", err)
+	}
+	return sl, nil
+}
+
+// Accept is AcceptTCP for users of [net.Listener]; the connection is a
+// [*net.TCPConn], and a nil interface if there is an error.
+func (sl *StoppableListener) Accept() (net.Conn, error) {
+	conn, err := sl.AcceptTCP()
+	if err != nil {
+		return nil, err // conn would be a nil pointer in a non-nil interface
+	}
+	return conn, nil
+}
+
+// AcceptTCP waits for the next connection and returns it as package net made it.
+//
+// Begun after Stop has returned, it returns [StoppedError], however many clients are
+// waiting. Interrupted by Stop, it returns StoppedError or the connection that it had
+// already taken from the kernel: such a connection is never dropped. A deadline from
+// SetDeadline ends it with [os.ErrDeadlineExceeded]. Every other error is package net's,
+// as it came: [net.ErrClosed] after Close, unless Stop was called too.
+func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
+	for !sl.stopped() {
+		conn, err := sl.TCPListener.AcceptTCP()
+		if err == nil {
+			return conn, nil
+		}
+		if err := sl.endPoll(err); err != nil {
+			return nil, err
+		}
+	}
+	return nil, StoppedError
+}
+
+// SetDeadline is [net.TCPListener.SetDeadline]: from t on, Accept and AcceptTCP fail with
+// an error that is a timeout; the zero time means no deadline. It holds for calls that
+// are already waiting, and takes back nothing of a Stop. On a closed listener it
+// returns package net's error.
+func (sl *StoppableListener) SetDeadline(t time.Time) error {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	sl.deadline = t
+	return sl.beginPoll()
+}
+
+// Stop makes every Accept and AcceptTCP return [StoppedError]: at once those that
+// are waiting, and all that come later. It can be called any number of times, before
+// the first Accept and after Close; calls after the first do nothing.
+//
+// Stop waits for nobody, leaves accepted connections alone and does not close the
+// socket, on which the kernel keeps queueing clients. So wait for the accept loop to
+// return, with a [sync.WaitGroup] say; then for the connections, with
+// [net/http.Server.Shutdown] if they are HTTP; then Close the socket, or pass it to New
+// to serve it again. Whoever uses the bare listener again must first clear the
+// deadline that Stop leaves on it.
+//
+// Two things to know about net/http: Serve closes its listener as it returns, so to
+// keep the socket, pass Serve a wrapper with a Close that does nothing. And since Go
+// 1.25, Shutdown drops a connection whose first request it has not read yet.
+func (sl *StoppableListener) Stop() {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	if sl.stopped() {
+		return // the socket may by now be another wrapper's
+	}
+	close(sl.stop)
+	_ = sl.beginPoll() // fails only on a closed listener, where nobody waits
+}
+
+// stopped reports whether Stop has been called.
+func (sl *StoppableListener) stopped() bool {
+	select {
+	case <-sl.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+// endPoll decides what becomes of an accept that failed with err: it begins the next
+// poll and returns nil, or returns what the caller is to see.
+func (sl *StoppableListener) endPoll(err error) error {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	if sl.stopped() {
+		return StoppedError
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	if !sl.deadline.IsZero() && !time.Now().Before(sl.deadline) {
+		return err
+	}
+	_ = sl.beginPoll() // fails only on a closed listener, which the next accept reports
+	return nil
+}
+
+// beginPoll moves the wrapped listener's deadline to the end of the next poll.
+//
+// Every change of the deadline comes through here with mu held, and Stop closes the
+// channel with mu held. So an acceptor that was just about to begin a poll either does
+// so before Stop, whose deadline then replaces its own, or after, when it finds the
+// channel closed: no poll can put off the deadline by which Stop wakes the others.
+func (sl *StoppableListener) beginPoll() error {
+	end := time.Now().Add(pollInterval)
+	if !sl.deadline.IsZero() && sl.deadline.Before(end) {
+		end = sl.deadline
+	}
+	if sl.stopped() {
+		end = longPast
+	}
+	return sl.TCPListener.SetDeadline(end)
+}
