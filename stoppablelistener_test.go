@@ -7,14 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/metrics"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -577,6 +582,973 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 	assert.GreaterOrEqual(t, answered, cycles)
 }
 
+// Faults
+
+// Clients dial without pause, so a queue that was empty once proves nothing.
+func TestSaturatedAcceptLoopsStop(t *testing.T) {
+	const acceptors, clients, cycles = 3, 4, 30
+	l := listen(t)
+	stopLoad := load(t, l, clients, func(net.Conn) error { return nil })
+	for range rounds(cycles) {
+		sl := wrap(t, l)
+		var stopped atomic.Bool
+		var before atomic.Int64
+		busy := make(chan struct{})
+		late := make(chan int, acceptors)
+		for range acceptors {
+			go func() {
+				n := 0
+				for {
+					conn, err := sl.Accept()
+					if err != nil {
+						assert.True(t, err == stoppablelistener.StoppedError, err)
+						late <- n
+						return
+					}
+					conn.Close()
+					if stopped.Load() {
+						n++
+					} else if before.Add(1) == 100 {
+						close(busy)
+					}
+				}
+			}()
+		}
+		receive(t, busy)
+		sl.Stop()
+		stopped.Store(true)
+		for range acceptors {
+			assert.LessOrEqual(t, receive(t, late), 1, "connections after Stop, of one acceptor")
+		}
+	}
+	stopLoad()
+}
+
+// The test binary itself is the child process.
+func TestSocketIsHandedToAChildProcess(t *testing.T) {
+	const child = "child"
+	if os.Getenv(childEnv) == child {
+		inherited, err := net.FileListener(os.NewFile(3, "listener"))
+		require.NoError(t, err)
+		sl := wrap(t, inherited)
+		served := make(chan error, 1)
+		go func() { served <- serveName(sl, child) }()
+		_, err = io.Copy(io.Discard, os.Stdin) // the parent closes it
+		require.NoError(t, err)
+		sl.Stop()
+		require.NoError(t, receive(t, served))
+		return
+	}
+	if runtime.GOOS == "windows" || runtime.GOOS == "plan9" {
+		t.Skip("a listener has no File here that a child process could inherit")
+	}
+
+	for range 3 {
+		cmd, output := childProcess(t, child)
+		l := listen(t)
+		servedBy := map[string]chan struct{}{"parent": make(chan struct{}, 1<<16), child: make(chan struct{}, 1<<16)}
+		stopLoad := load(t, l, 8, func(conn net.Conn) error {
+			name, err := io.ReadAll(conn)
+			if err == nil && servedBy[string(name)] == nil {
+				err = fmt.Errorf("answered by %q", name)
+			}
+			if err == nil {
+				servedBy[string(name)] <- struct{}{}
+			}
+			return err
+		})
+		sl := wrap(t, l)
+		served := make(chan error, 1)
+		go func() { served <- serveName(sl, "parent") }()
+		for range 100 {
+			receive(t, servedBy["parent"])
+		}
+
+		sl.Stop()
+		require.NoError(t, receive(t, served))
+		file, err := sl.File()
+		require.NoError(t, err)
+		cmd.ExtraFiles = []*os.File{file}
+		stdin, err := cmd.StdinPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		require.NoError(t, file.Close())
+		require.NoError(t, l.Close())
+
+		for range 100 {
+			receive(t, servedBy[child])
+		}
+		stopLoad()
+		require.NoError(t, stdin.Close())
+		require.NoError(t, cmd.Wait(), output)
+	}
+}
+
+// The test binary itself runs as a child process with few descriptors.
+func TestNoDescriptorIsFree(t *testing.T) {
+	const child = "no descriptors"
+	if os.Getenv(childEnv) != child {
+		sh, err := exec.LookPath("sh")
+		if err != nil {
+			t.Skip("no shell to lower the limit")
+		}
+		cmd, output := childProcess(t, child)
+		cmd.Args = append([]string{"sh", "-c", `ulimit -n 64 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+		cmd.Path = sh
+		require.NoError(t, cmd.Run(), output)
+		return
+	}
+
+	l := listen(t)
+	sl := wrap(t, l)
+	dial(t, l)
+	dial(t, l)
+	var files []*os.File
+	var err error
+	for {
+		var file *os.File
+		if file, err = os.Open(os.DevNull); err != nil {
+			break
+		}
+		files = append(files, file)
+	}
+	require.ErrorIs(t, err, syscall.EMFILE)
+
+	for range 3 {
+		_, err = sl.Accept()
+		require.ErrorIs(t, err, syscall.EMFILE)
+		var temporary interface{ Temporary() bool }
+		require.ErrorAs(t, err, &temporary)
+		require.True(t, temporary.Temporary())
+	}
+	require.NoError(t, files[0].Close())
+	conn, err := sl.Accept() // takes the descriptor that has become free
+	require.NoError(t, err)
+	defer conn.Close()
+
+	failing, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		var once sync.Once
+		for {
+			_, err := sl.Accept()
+			if !errors.Is(err, syscall.EMFILE) {
+				ended <- err
+				return
+			}
+			once.Do(func() { close(failing) })
+		}
+	}()
+	receive(t, failing)
+	sl.Stop()
+	require.True(t, receive(t, ended) == stoppablelistener.StoppedError)
+}
+
+func TestManyRoundsLeaveNothingBehind(t *testing.T) {
+	l := listen(t)
+	descriptors := func() int {
+		files, err := os.ReadDir("/dev/fd") // where there is none, only goroutines count
+		if err != nil {
+			return 0
+		}
+		return len(files)
+	}
+	goroutines, files := runtime.NumGoroutine(), descriptors()
+	for range rounds(10_000) {
+		sl := wrap(t, l)
+		client := dialOnce(t, l)
+		conn, err := sl.Accept()
+		require.NoError(t, err)
+		conn.Close()
+		client.Close()
+		waiting := accept(sl)
+		sl.Stop()
+		requireStopped(t, waiting, 1)
+	}
+	assert.Eventually(t, func() bool {
+		return runtime.NumGoroutine() <= goroutines+1 // the one that runs this
+	}, patience, time.Millisecond)
+	assert.LessOrEqual(t, descriptors(), files)
+}
+
+// Random histories
+
+// A history is what several goroutines do to one wrapper after another: each byte
+// is an operation and the goroutine that does it.
+func TestRandomHistories(t *testing.T) {
+	for range rounds(500) {
+		seed := rand.Uint64()
+		random := rand.New(rand.NewPCG(seed, seed))
+		history := make([]byte, 1+random.IntN(60))
+		for i := range history {
+			history[i] = byte(random.Uint32())
+		}
+		if err := runHistory(history); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+}
+
+func FuzzHistory(f *testing.F) {
+	f.Add([]byte{0, 16, 32, 48, 5})
+	f.Add([]byte{1, 2, 0, 7, 20, 33, 6, 50, 8, 0})
+	f.Fuzz(func(t *testing.T, history []byte) {
+		if len(history) > 100 {
+			history = history[:100]
+		}
+		if err := runHistory(history); err != nil {
+			t.Fatalf("history %v: %v", history, err)
+		}
+	})
+}
+
+// A span is when an operation began and ended, by a clock that ticks with each of
+// them; end is zero while it goes on.
+type span struct{ begin, end int64 }
+
+// before reports whether s had ended when other began.
+func (s span) before(other span) bool { return s.end != 0 && s.end < other.begin }
+
+// A world is what a history plays in: one listener at a time, and its wrapper.
+type world struct {
+	clock atomic.Int64
+
+	mu   sync.Mutex // guards the fields below
+	life *life
+	past []*life
+}
+
+// A socket is one listener and the addresses of its clients.
+type socket struct {
+	*net.TCPListener
+	closed bool // guarded by the world's mu
+
+	mu               sync.Mutex // guards the fields below
+	close            span       // from the first that began to the first that ended
+	dialed, accepted []string
+}
+
+// A life is that of one wrapper: what was done to it and what came back.
+type life struct {
+	*socket
+	sl        *stoppablelistener.StoppableListener
+	accepting sync.WaitGroup
+
+	mu        sync.Mutex // guards the fields below
+	stop      span       // as close
+	deadlines []*deadlineOp
+	accepts   []acceptOp
+}
+
+type deadlineOp struct {
+	span
+	at  time.Time
+	err error
+}
+
+type acceptOp struct {
+	span
+	returned time.Time
+	err      error
+}
+
+// runHistory plays history in four goroutines and reports the first thing that must
+// not have happened.
+func runHistory(history []byte) error {
+	result := make(chan error, 1)
+	go func() { result <- playHistory(history) }()
+	select {
+	case err := <-result:
+		return err
+	case <-time.After(2 * patience):
+		return errors.New("an Accept was left waiting")
+	}
+}
+
+func playHistory(history []byte) error {
+	w := &world{}
+	if err := w.renew(); err != nil {
+		return err
+	}
+	const actors = 4
+	errs := make(chan error, actors)
+	for actor := range actors {
+		go func() {
+			var err error
+			for _, b := range history {
+				if int(b)/16%actors == actor && err == nil {
+					err = w.do(b % 16)
+				}
+			}
+			errs <- err
+		}()
+	}
+	// Whoever waits in Accept for what the history does not bring is let go.
+	var err error
+	for left := actors; left > 0; {
+		select {
+		case e := <-errs:
+			err = errors.Join(err, e)
+			left--
+		case <-time.After(time.Millisecond):
+			err = errors.Join(err, w.renew())
+		}
+	}
+	err = errors.Join(err, w.drain())
+	for _, lf := range append(w.past, w.life) {
+		err = errors.Join(err, lf.judge())
+	}
+	return err
+}
+
+// do does one operation.
+func (w *world) do(op byte) error {
+	w.mu.Lock()
+	lf := w.life
+	switch op {
+	case 0, 1, 2:
+		lf.accepting.Add(1)
+		w.mu.Unlock()
+		defer lf.accepting.Done()
+		w.accept(lf, op == 2)
+		return nil
+	case 3:
+		defer w.mu.Unlock()
+		lf.socket.closed = true
+		w.record(&lf.socket.mu, &lf.close, func() { lf.sl.Close() })
+		return nil
+	case 4, 5:
+		w.mu.Unlock()
+		w.record(&lf.mu, &lf.stop, lf.sl.Stop)
+		return nil
+	case 6:
+		w.mu.Unlock()
+		return w.renew()
+	case 7, 8, 9, 10:
+		w.mu.Unlock()
+		now := time.Now()
+		w.setDeadline(lf, []time.Time{past, now.Add(time.Millisecond), now.Add(time.Hour), none}[op-7])
+		return nil
+	default:
+		defer w.mu.Unlock()
+		return lf.socket.dial()
+	}
+}
+
+// record does an operation and notes in s, which mu guards, when the first one was.
+func (w *world) record(mu *sync.Mutex, s *span, do func()) {
+	mu.Lock()
+	if s.begin == 0 {
+		s.begin = w.clock.Add(1)
+	}
+	mu.Unlock()
+	do()
+	mu.Lock()
+	if s.end == 0 {
+		s.end = w.clock.Add(1)
+	}
+	mu.Unlock()
+}
+
+// renew stops the wrapper, and wraps its socket again or, if that is closed, another.
+func (w *world) renew() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var s *socket
+	if lf := w.life; lf != nil {
+		w.record(&lf.mu, &lf.stop, lf.sl.Stop)
+		lf.accepting.Wait()
+		w.past = append(w.past, lf)
+		s = lf.socket
+		if s.closed {
+			if _, err := stoppablelistener.New(s.TCPListener); !errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("New on a closed listener: %v", err)
+			}
+			s = nil
+		}
+	}
+	if s == nil {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		s = &socket{TCPListener: l.(*net.TCPListener)}
+	}
+	sl, err := stoppablelistener.New(s.TCPListener)
+	w.life = &life{socket: s, sl: sl}
+	return err
+}
+
+func (w *world) accept(lf *life, tcp bool) {
+	op := acceptOp{span: span{begin: w.clock.Add(1)}}
+	var conn net.Conn
+	if tcp {
+		conn, op.err = lf.sl.AcceptTCP()
+	} else {
+		conn, op.err = lf.sl.Accept()
+	}
+	op.returned = time.Now()
+	op.end = w.clock.Add(1)
+	if op.err == nil {
+		lf.socket.took(conn)
+	}
+	lf.mu.Lock()
+	defer lf.mu.Unlock()
+	lf.accepts = append(lf.accepts, op)
+}
+
+func (w *world) setDeadline(lf *life, at time.Time) {
+	op := &deadlineOp{span: span{begin: w.clock.Add(1)}, at: at}
+	lf.mu.Lock()
+	lf.deadlines = append(lf.deadlines, op)
+	lf.mu.Unlock()
+	err := lf.sl.SetDeadline(at)
+	lf.mu.Lock()
+	op.end, op.err = w.clock.Add(1), err
+	lf.mu.Unlock()
+}
+
+// dial connects a client, with the world's mu held.
+func (s *socket) dial() error {
+	if s.closed {
+		return nil
+	}
+	conn, err := net.Dial("tcp", s.Addr().String())
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.dialed = append(s.dialed, conn.LocalAddr().String())
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+func (s *socket) took(conn net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.accepted = append(s.accepted, conn.RemoteAddr().String())
+	conn.Close()
+}
+
+// drain accepts the clients that are still queued and closes the last socket.
+func (w *world) drain() error {
+	if err := w.renew(); err != nil {
+		return err
+	}
+	lf := w.life
+	defer lf.sl.Close()
+	lf.sl.SetDeadline(time.Now().Add(patience))
+	for len(lf.accepted) < len(lf.dialed) {
+		conn, err := lf.sl.Accept()
+		if err != nil {
+			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(lf.dialed), len(lf.accepted), err)
+		}
+		lf.socket.took(conn)
+	}
+	return nil
+}
+
+// judge reports what must not have happened in lf.
+func (lf *life) judge() error {
+	clients := map[string]bool{}
+	for _, addr := range lf.dialed {
+		clients[addr] = true
+	}
+	for _, addr := range lf.accepted {
+		if !clients[addr] {
+			return fmt.Errorf("%s did not dial, or was accepted twice", addr)
+		}
+		delete(clients, addr)
+	}
+	for _, op := range lf.deadlines {
+		closed := errors.Is(op.err, net.ErrClosed)
+		if op.err != nil && !closed || closed && (lf.close.begin == 0 || lf.close.begin > op.end) ||
+			!closed && lf.close.before(op.span) {
+			return fmt.Errorf("SetDeadline: %v", op.err)
+		}
+	}
+	for _, op := range lf.accepts {
+		if why := lf.wrong(op); why != "" {
+			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, lf.stop, lf.close)
+		}
+	}
+	return nil
+}
+
+// wrong says why Accept may not have returned as it did; it is empty if it may.
+func (lf *life) wrong(op acceptOp) string {
+	if op.err == stoppablelistener.StoppedError {
+		if lf.stop.begin == 0 || lf.stop.begin > op.end {
+			return "not stopped yet"
+		}
+		return ""
+	}
+	switch {
+	case lf.stop.before(op.span):
+		return "stopped before"
+	case op.err == nil && lf.close.before(op.span):
+		return "closed before"
+	case op.err == nil && lf.timedOut(op):
+		return "the deadline was past"
+	case op.err == nil:
+		return ""
+	case errors.Is(op.err, os.ErrDeadlineExceeded):
+		for _, d := range lf.deadlines {
+			if d.begin < op.end && d.at != none && !d.at.After(op.returned) && !lf.superseded(d, op) {
+				return ""
+			}
+		}
+		return "no deadline was due"
+	case !errors.Is(op.err, net.ErrClosed):
+		return "an error of its own"
+	case lf.close.begin == 0 || lf.close.begin > op.end:
+		return "not closed yet"
+	case lf.stop.before(lf.close):
+		return "stopped before it was closed"
+	}
+	return ""
+}
+
+// superseded reports whether another deadline had replaced d when op began.
+func (lf *life) superseded(d *deadlineOp, op acceptOp) bool {
+	for _, other := range lf.deadlines {
+		if d.before(other.span) && other.before(op.span) {
+			return true
+		}
+	}
+	return false
+}
+
+// timedOut reports whether the deadline was in the past all through op.
+func (lf *life) timedOut(op acceptOp) bool {
+	for _, d := range lf.deadlines {
+		if d.at != past || !d.before(op.span) {
+			continue
+		}
+		last := true
+		for _, other := range lf.deadlines {
+			last = last && (other == d || other.at == past || other.before(d.span) || op.before(other.span))
+		}
+		if last {
+			return true
+		}
+	}
+	return false
+}
+
+// Benchmarks
+//
+// The arms of a benchmark take turns within each iteration, so that whatever else the
+// machine does meets all of them, and each has metrics of its own. Medians, because
+// the machine does a lot else.
+
+// An arm is one way to stop an accept loop. It turns a bare listener into what the
+// loop accepts from, and the function that stops the loop.
+type arm struct {
+	name string
+	wrap func(testing.TB, *net.TCPListener) (l net.Listener, stop func())
+}
+
+var (
+	bare = arm{"bare", func(_ testing.TB, l *net.TCPListener) (net.Listener, func()) {
+		return l, func() { l.Close() }
+	}}
+	classic = arm{"classic", func(_ testing.TB, l *net.TCPListener) (net.Listener, func()) {
+		p := &poller{l, make(chan struct{})}
+		return p, func() { close(p.stop) }
+	}}
+	ours = arm{"ours", func(t testing.TB, l *net.TCPListener) (net.Listener, func()) {
+		sl := wrap(t, l)
+		return sl, sl.Stop
+	}}
+	arms = []arm{bare, classic, ours}
+)
+
+// A poller is the classic design: a deadline of one second before each accept, and a
+// look at the stop channel after it.
+type poller struct {
+	*net.TCPListener
+	stop chan struct{}
+}
+
+var errPollerStopped = errors.New("stopped")
+
+func (p *poller) Accept() (net.Conn, error) {
+	for {
+		if err := p.SetDeadline(time.Now().Add(time.Second)); err != nil {
+			return nil, err
+		}
+		conn, err := p.TCPListener.Accept()
+		select {
+		case <-p.stop:
+			if err == nil {
+				conn.Close() // else the garbage collector would, some day
+			}
+			return nil, errPollerStopped
+		default:
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return conn, err
+		}
+	}
+}
+
+func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, 1) }
+
+func BenchmarkAcceptParallel(b *testing.B) { benchmarkAccept(b, 4) }
+
+// benchmarkAccept takes connections from a filled queue with a number of acceptors.
+func benchmarkAccept(b *testing.B, acceptors int) {
+	const queued = 100 // less than any system's backlog
+	blockInRead(b)
+	b.StopTimer() // it runs only while connections are accepted
+	times, allocs := samples{}, samples{}
+	for i := range b.N {
+		for _, arm := range inTurn(i, arms...) {
+			raw := listen(b)
+			l, _ := arm.wrap(b, raw)
+			clients := make([]net.Conn, queued)
+			for c := range clients {
+				clients[c] = dialOnce(b, l)
+			}
+			conns := make([]net.Conn, queued)
+			begin := make(chan struct{})
+			var end sync.WaitGroup
+			for a := 1; a < acceptors; a++ {
+				end.Add(1)
+				go func() {
+					defer end.Done()
+					<-begin
+					acceptInto(b, l, conns, a, acceptors)
+				}()
+			}
+
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			b.StartTimer()
+			start := time.Now()
+			close(begin)
+			acceptInto(b, l, conns, 0, acceptors)
+			end.Wait()
+			elapsed := time.Since(start)
+			b.StopTimer()
+			runtime.ReadMemStats(&after)
+
+			times.add(arm, float64(elapsed.Nanoseconds())/queued)
+			allocs.add(arm, float64(after.Mallocs-before.Mallocs)/queued)
+			for c := range conns {
+				clients[c].Close()
+				conns[c].Close()
+			}
+			raw.Close()
+		}
+	}
+	times.report(b, "ns/accept", 0.5)
+	allocs.report(b, "allocs/accept", 0.5)
+	times.reportRatio(b, "ours/bare", 0.5)
+}
+
+// acceptInto accepts every step-th connection.
+func acceptInto(b *testing.B, l net.Listener, conns []net.Conn, from, step int) {
+	for i := from; i < len(conns); i += step {
+		conn, err := l.Accept()
+		if err != nil {
+			b.Error(err)
+			return
+		}
+		conns[i] = conn
+	}
+}
+
+// BenchmarkStop is the time from the call of stop, for the bare listener Close, to the
+// return of the last Accept that was waiting.
+func BenchmarkStop(b *testing.B) {
+	for _, waiting := range []int{1, 10, 100} {
+		b.Run(fmt.Sprintf("waiting=%d", waiting), func(b *testing.B) {
+			blockInRead(b)
+			times := samples{}
+			for i := range b.N {
+				for _, arm := range inTurn(i, bare, ours) {
+					took := timeStop(b, arm, waiting, func() { awaitAcceptors(b, waiting) })
+					times.add(arm, float64(took))
+				}
+			}
+			b.StopTimer()
+			if b.N > 1 { // the first run is only to find how many make a second
+				for _, took := range timeClassicStops(b, waiting) {
+					times.add(classic, float64(took))
+				}
+			}
+			times.report(b, "p50-ns", 0.5)
+			times.report(b, "p99-ns", 0.99)
+			times.reportRatio(b, "p50-ours/bare", 0.5)
+		})
+	}
+}
+
+// timeStop stops goroutines that wait in Accept, once settle has returned.
+func timeStop(b *testing.B, arm arm, waiting int, settle func()) time.Duration {
+	raw := listen(b)
+	defer raw.Close()
+	l, stop := arm.wrap(b, raw)
+	returned := make(chan time.Time, waiting)
+	for range waiting {
+		go func() {
+			_, _ = l.Accept()
+			returned <- time.Now()
+		}()
+	}
+	settle()
+	start := time.Now()
+	stop()
+	var last time.Duration
+	for range waiting {
+		last = max(last, (<-returned).Sub(start))
+	}
+	return last
+}
+
+// timeClassicStops stops many listeners of the classic design side by side, each at
+// some point of its poll.
+func timeClassicStops(b *testing.B, waiting int) []time.Duration {
+	took := make([]time.Duration, 50)
+	var stops sync.WaitGroup
+	for i := range took {
+		stops.Add(1)
+		go func() {
+			defer stops.Done()
+			phase := rand.N(time.Second)
+			took[i] = timeStop(b, classic, waiting, func() { time.Sleep(phase) })
+		}()
+	}
+	stops.Wait()
+	return took
+}
+
+// BenchmarkStopUnderLoad counts the connections that were established and got no answer
+// because the accept loop was stopped, and the socket served again right away.
+func BenchmarkStopUnderLoad(b *testing.B) {
+	blockInRead(b)
+	lost := samples{}
+	for i := range b.N {
+		for _, arm := range inTurn(i, arms...) {
+			const stops = 10
+			lost.add(arm, float64(countLost(b, arm, stops))/stops)
+		}
+	}
+	for _, arm := range arms {
+		sum := 0.0
+		for _, n := range lost[arm.name] {
+			sum += n
+		}
+		b.ReportMetric(sum/float64(b.N), arm.name+"-lost/stop")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// countLost stops and serves a socket again under load, and returns how many
+// connections were lost.
+func countLost(b *testing.B, arm arm, stops int) int64 {
+	raw := listen(b)
+	addr := raw.Addr().String()
+	var lost atomic.Int64
+	var loading sync.WaitGroup
+	done := make(chan struct{})
+	for range 8 {
+		loading.Add(1)
+		go func() {
+			defer loading.Done()
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				var conns []*net.TCPConn
+				for range 16 {
+					conn, err := net.DialTimeout("tcp", addr, patience)
+					if err == nil { // else nobody listens: not established, not lost
+						conns = append(conns, conn.(*net.TCPConn))
+					}
+				}
+				for _, conn := range conns {
+					_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+					if _, err := conn.Read(make([]byte, 1)); err != nil {
+						lost.Add(1)
+					}
+					_ = conn.SetLinger(0) // as dialOnce
+					conn.Close()
+				}
+			}
+		}()
+	}
+
+	for n := range stops + 1 {
+		if errors.Is(raw.SetDeadline(none), net.ErrClosed) { // by the bare arm's stop
+			l, err := net.Listen("tcp", addr)
+			require.NoError(b, err)
+			raw = l.(*net.TCPListener)
+			b.Cleanup(func() { l.Close() })
+		}
+		l, stop := arm.wrap(b, raw)
+		last := n == stops
+		if last { // no client is left to be lost by it
+			go func() {
+				close(done)
+				loading.Wait()
+				stop()
+			}()
+		}
+		for served := 1; ; served++ {
+			conn, err := l.Accept()
+			if err != nil {
+				break
+			}
+			_, _ = conn.Write([]byte("x"))
+			conn.Close()
+			if served == 100 && !last {
+				stop()
+			}
+		}
+	}
+	raw.Close()
+	return lost.Load()
+}
+
+// BenchmarkServe is whole HTTP requests through http.Server, a connection for each.
+func BenchmarkServe(b *testing.B) {
+	const requests = 20
+	blockInRead(b)
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	request := func(l net.Listener) {
+		resp, err := client.Get("http://" + l.Addr().String())
+		require.NoError(b, err)
+		_, err = io.Copy(io.Discard, resp.Body)
+		require.NoError(b, err)
+		resp.Body.Close()
+	}
+	times := samples{}
+	for i := range b.N {
+		for _, arm := range inTurn(i, arms...) {
+			l, _ := arm.wrap(b, listen(b))
+			server := http.Server{Handler: http.NotFoundHandler()}
+			ended := make(chan error, 1)
+			go func() { ended <- server.Serve(l) }()
+			request(l) // now Serve serves
+			start := time.Now()
+			for range requests {
+				request(l)
+			}
+			times.add(arm, float64(time.Since(start).Nanoseconds())/requests)
+			server.Close()
+			<-ended
+		}
+	}
+	times.report(b, "ns/request", 0.5)
+	times.reportRatio(b, "ours/bare", 0.5)
+}
+
+// BenchmarkIdle counts, for a minute, how often a goroutine that waits in Accept is
+// woken. Each arm is a process, since the runtime counts for a whole process.
+func BenchmarkIdle(b *testing.B) {
+	const listeners = 800
+	if name, child := os.LookupEnv(childEnv); child {
+		arm := arms[slices.IndexFunc(arms, func(a arm) bool { return a.name == name })]
+		for range listeners {
+			l, _ := arm.wrap(b, listen(b))
+			accept(l)
+		}
+		awaitAcceptors(b, listeners)
+		before := timesScheduled()
+		time.Sleep(time.Minute)
+		fmt.Printf("\nwoken: %g\n", float64(timesScheduled()-before)/listeners)
+		os.Exit(0)
+	}
+	woken := samples{}
+	for range b.N {
+		var idling sync.WaitGroup
+		outputs := make([]*bytes.Buffer, len(arms))
+		for i, arm := range arms {
+			var cmd *exec.Cmd
+			cmd, outputs[i] = childProcess(b, arm.name)
+			cmd.Args = append(cmd.Args, "-test.bench", "^"+b.Name()+"$", "-test.benchtime", "1x")
+			idling.Add(1)
+			go func() {
+				defer idling.Done()
+				assert.NoError(b, cmd.Run(), outputs[i])
+			}()
+		}
+		idling.Wait()
+		for i, arm := range arms {
+			_, after, _ := strings.Cut(outputs[i].String(), "woken:")
+			var n float64
+			_, err := fmt.Sscan(after, &n)
+			require.NoError(b, err, outputs[i])
+			woken.add(arm, n)
+		}
+	}
+	woken.report(b, "wakeups/min", 0.5)
+	assert.InDelta(b, 1, woken.quantile(ours, 0.5), 0.5) // .ci/run runs this
+}
+
+// inTurn returns arms, of which another one comes first in each iteration.
+func inTurn(i int, arms ...arm) []arm {
+	i %= len(arms)
+	return append(slices.Clone(arms[i:]), arms[:i]...)
+}
+
+// samples are what was measured, by the name of the arm.
+type samples map[string][]float64
+
+func (s samples) add(a arm, v float64) { s[a.name] = append(s[a.name], v) }
+
+// quantile returns the q-quantile of an arm's samples.
+func (s samples) quantile(a arm, q float64) float64 {
+	sorted := slices.Clone(s[a.name])
+	slices.Sort(sorted)
+	return sorted[int(q*float64(len(sorted)-1))]
+}
+
+// report reports the q-quantile of each arm in unit, in place of the time of an
+// iteration, which means nothing here.
+func (s samples) report(b *testing.B, unit string, q float64) {
+	for _, arm := range arms {
+		if len(s[arm.name]) > 0 {
+			b.ReportMetric(s.quantile(arm, q), arm.name+"-"+unit)
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+func (s samples) reportRatio(b *testing.B, unit string, q float64) {
+	b.ReportMetric(s.quantile(ours, q)/s.quantile(bare, q), unit)
+}
+
+// blockInRead keeps a goroutine blocked in a network read. A process in which nothing
+// waits in the network poller accepts faster, and a pending deadline would look as if
+// it cost that difference.
+func blockInRead(b *testing.B) {
+	l := listen(b)
+	dial(b, l)
+	conn, err := l.Accept()
+	require.NoError(b, err)
+	go conn.Read(make([]byte, 1))
+	b.Cleanup(func() { conn.Close() })
+}
+
+// timesScheduled returns how often a goroutine of this process has begun to run.
+func timesScheduled() uint64 {
+	sample := []metrics.Sample{{Name: "/sched/latencies:seconds"}}
+	metrics.Read(sample)
+	var n uint64
+	for _, count := range sample[0].Value.Float64Histogram().Counts {
+		n += count
+	}
+	return n * 8 // the runtime notes one time out of eight
+}
+
 // Helpers
 
 // listen returns a listener on a free port, closed when the test ends.
@@ -617,6 +1589,82 @@ func get(t testing.TB, l net.Listener) string {
 	body, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
 	return string(body)
+}
+
+// load dials l from a number of clients that use each connection and dial again, until
+// stop is called. Nothing may fail.
+func load(t testing.TB, l net.Listener, clients int, use func(net.Conn) error) (stop func()) {
+	done := make(chan struct{})
+	var loading sync.WaitGroup
+	for range clients {
+		loading.Add(1)
+		go func() {
+			defer loading.Done()
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				conn, err := net.DialTimeout("tcp", l.Addr().String(), patience)
+				if !assert.NoError(t, err) {
+					return
+				}
+				assert.NoError(t, conn.(*net.TCPConn).SetLinger(0)) // as dialOnce
+				assert.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+				assert.NoError(t, use(conn))
+				conn.Close()
+			}
+		}()
+	}
+	stop = sync.OnceFunc(func() {
+		close(done)
+		loading.Wait()
+	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// serveName answers each client of l with name, until l is stopped.
+func serveName(l net.Listener, name string) error {
+	for {
+		conn, err := l.Accept()
+		if err == stoppablelistener.StoppedError {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := io.WriteString(conn, name); err != nil {
+			return err
+		}
+		if err := conn.Close(); err != nil {
+			return err
+		}
+	}
+}
+
+// childEnv tells a test that it runs in a child process, and as what.
+const childEnv = "STOPPABLELISTENER_TEST_CHILD"
+
+// childProcess is the test binary with this test alone, which finds child in childEnv;
+// what it prints is in output. A short run has none.
+func childProcess(t testing.TB, child string) (cmd *exec.Cmd, output *bytes.Buffer) {
+	if testing.Short() {
+		t.Skip("starts a process")
+	}
+	exe, err := os.Executable()
+	require.NoError(t, err)
+	cmd = exec.Command(exe, "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), childEnv+"="+child)
+	output = new(bytes.Buffer)
+	cmd.Stdout, cmd.Stderr = output, output
+	t.Cleanup(func() {
+		if cmd.Process != nil {
+			_ = cmd.Process.Kill()
+		}
+	})
+	return cmd, output
 }
 
 // accepted is what an Accept has returned.

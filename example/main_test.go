@@ -38,8 +38,12 @@ type program struct {
 	stderr bytes.Buffer
 }
 
-// start starts the program with args; it is killed when the test ends.
+// start starts the program with args; it is killed when the test ends. A short run
+// starts none.
 func start(t *testing.T, args ...string) *program {
+	if testing.Short() {
+		t.Skip("starts a process")
+	}
 	exe, err := os.Executable()
 	require.NoError(t, err)
 	p := &program{Cmd: exec.Command(exe, args...)}
