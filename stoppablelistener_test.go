@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"slices"
 	"strings"
@@ -179,6 +180,20 @@ func TestAcceptAfterStopNeverReturnsAConnection(t *testing.T) {
 		require.NoError(t, got.err)
 		got.conn.Close()
 	}
+}
+
+// The next wrapper's deadline is not a past one, and says nothing to the stopped wrapper.
+func TestAcceptAfterStopLeavesTheClientsToTheNextWrapper(t *testing.T) {
+	l := listen(t)
+	stopped := wrap(t, l)
+	stopped.Stop()
+	next := wrap(t, l)
+	client := dial(t, l)
+	requireStopped(t, accept(stopped), 1)
+	got := receive(t, accept(next))
+	require.NoError(t, got.err)
+	assert.Equal(t, client.LocalAddr().String(), got.conn.RemoteAddr().String())
+	got.conn.Close()
 }
 
 func TestAcceptAllocatesNoMoreThanPackageNet(t *testing.T) {
@@ -558,12 +573,15 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 	serve := func(afterOne func(*stoppablelistener.StoppableListener)) {
 		sl := wrap(t, l)
 		var once sync.Once
-		err := http.Serve(keepOpen{sl}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			handled.Add(1)
 			fmt.Fprint(w, "Hello HTTP!")
 			once.Do(func() { afterOne(sl) })
-		}))
-		assert.True(t, err == stoppablelistener.StoppedError, err)
+		})
+		served := make(chan error, 1)
+		go func() { served <- http.Serve(keepOpen{sl}, handler) }()
+		err := receive(t, served)
+		require.True(t, err == stoppablelistener.StoppedError, err)
 	}
 	for range cycles {
 		serve((*stoppablelistener.StoppableListener).Stop)
@@ -1453,14 +1471,18 @@ func BenchmarkServe(b *testing.B) {
 // BenchmarkIdle counts, for a minute, how often a goroutine that waits in Accept is
 // woken. Each arm is a process, since the runtime counts for a whole process.
 func BenchmarkIdle(b *testing.B) {
-	const listeners = 800
+	const listeners = 2000
 	if name, child := os.LookupEnv(childEnv); child {
 		arm := arms[slices.IndexFunc(arms, func(a arm) bool { return a.name == name })]
-		for range listeners {
+		for i := range listeners {
 			l, _ := arm.wrap(b, listen(b))
+			if sl, ok := l.(*stoppablelistener.StoppableListener); ok && i%2 == 0 {
+				require.NoError(b, sl.SetDeadline(time.Now().Add(time.Hour))) // makes no poll longer
+			}
 			accept(l)
 		}
 		awaitAcceptors(b, listeners)
+		debug.FreeOSMemory() // else the runtime does so by and by, which counts as well
 		before := timesScheduled()
 		time.Sleep(time.Minute)
 		fmt.Printf("\nwoken: %g\n", float64(timesScheduled()-before)/listeners)
@@ -1490,7 +1512,7 @@ func BenchmarkIdle(b *testing.B) {
 		}
 	}
 	woken.report(b, "wakeups/min", 0.5)
-	assert.InDelta(b, 1, woken.quantile(ours, 0.5), 0.5) // .ci/run runs this
+	assert.InDelta(b, 1, woken.quantile(ours, 0.5), 0.3, "a poll lasts a minute") // .ci/run looks
 }
 
 // inTurn returns arms, of which another one comes first in each iteration.
@@ -1727,11 +1749,16 @@ func letPass(t testing.TB, d time.Duration) {
 // awaitAcceptors returns when n goroutines are blocked in an Accept of package net.
 func awaitAcceptors(t testing.TB, n int) {
 	t.Helper()
-	buf := make([]byte, 1<<20)
+	buf := make([]byte, 1<<18)
 	deadline := time.Now().Add(patience)
 	for {
+		stacks := buf[:runtime.Stack(buf, true)]
+		if len(stacks) == len(buf) { // cut off
+			buf = make([]byte, 2*len(buf))
+			continue
+		}
 		blocked := 0
-		for _, g := range bytes.Split(buf[:runtime.Stack(buf, true)], []byte("\n\n")) {
+		for _, g := range bytes.Split(stacks, []byte("\n\n")) {
 			state, stack, _ := bytes.Cut(g, []byte("\n"))
 			if bytes.Contains(stack, []byte("internal/poll.(*FD).Accept")) &&
 				(bytes.Contains(state, []byte("[IO wait")) || bytes.Contains(state, []byte("[semacquire"))) {
