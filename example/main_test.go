@@ -79,12 +79,22 @@ func (p *program) status(t *testing.T) int {
 	return p.ProcessState.ExitCode()
 }
 
-// freeAddr returns an address that nobody listens on.
-func freeAddr(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer l.Close()
-	return l.Addr().String()
+// startServing starts the program on a free port. If somebody else takes that port
+// first, it tries another.
+func startServing(t *testing.T) (p *program, addr string) {
+	for range 10 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		require.NoError(t, err)
+		addr = l.Addr().String()
+		require.NoError(t, l.Close())
+		p = start(t, "-addr", addr)
+		if p.line() == "Serving HTTP" {
+			return p, addr
+		}
+		require.Equal(t, 1, p.status(t), p.stderr.String())
+	}
+	require.FailNow(t, "no free port", p.stderr.String())
+	return nil, ""
 }
 
 // get returns the page that the server at addr answers with.
@@ -120,9 +130,7 @@ func TestSignalEndsInOrder(t *testing.T) {
 	skipWithoutSignals(t)
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
-			addr := freeAddr(t)
-			p := start(t, "-addr", addr)
-			require.Equal(t, "Serving HTTP", p.line())
+			p, addr := startServing(t)
 			slow := hold(t, addr)
 
 			require.NoError(t, p.Process.Signal(sig))
@@ -148,9 +156,7 @@ func TestSignalEndsInOrder(t *testing.T) {
 
 func TestSecondSignalEndsAtOnce(t *testing.T) {
 	skipWithoutSignals(t)
-	addr := freeAddr(t)
-	p := start(t, "-addr", addr)
-	require.Equal(t, "Serving HTTP", p.line())
+	p, addr := startServing(t)
 	slow := hold(t, addr)
 
 	require.NoError(t, p.Process.Signal(os.Interrupt))
