@@ -26,9 +26,9 @@ var longPast = time.Unix(1, 0)
 // StoppedError is what Accept and AcceptTCP return once Stop has been called: this
 // very value, so that both err == StoppedError and [errors.Is] hold.
 //
-// It wraps [net.ErrClosed], so an accept loop that knows how to end on a closed
-// listener ends on a stopped one. It is neither a temporary error nor a timeout, so
-// no accept loop tries again.
+// It wraps [net.ErrClosed] and ends in its text, so an accept loop that knows how to
+// end on a closed listener, by either, ends on a stopped one. It is neither a temporary
+// error nor a timeout, so no accept loop tries again.
 //
 //lint:ignore ST1012 this is the published name
 var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.ErrClosed)
@@ -47,8 +47,8 @@ type StoppableListener struct {
 
 	stop chan struct{} // no values sent; closed by Stop, with mu held
 
-	mu       sync.Mutex // guards every change of the TCPListener's deadline
-	deadline time.Time  // the caller's own, from SetDeadline; zero means none
+	mu       sync.Mutex // guards deadline, and each change of the TCPListener's own
+	deadline time.Time  // as the caller set it; zero means none
 }
 
 // New wraps l, which must be an open, non-nil [*net.TCPListener] as it comes from
@@ -97,7 +97,7 @@ func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		if err := sl.endPoll(err); err != nil {
+		if err = sl.endPoll(err); err != nil {
 			return nil, err
 		}
 	}
