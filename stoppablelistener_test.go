@@ -544,33 +544,21 @@ func TestStoppedErrorIsNeitherTemporaryNorATimeout(t *testing.T) {
 func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 	const clients, cycles = 4, 300
 	l := listen(t)
-	done := make(chan struct{})
-	answers := make(chan int, clients)
-	for range clients {
-		go func() {
-			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
-			n := 0
-			defer func() { answers <- n }()
-			for ; ; n++ {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				resp, err := client.Get("http://" + l.Addr().String())
-				if !assert.NoError(t, err) {
-					return
-				}
-				_, err = io.Copy(io.Discard, resp.Body)
-				assert.NoError(t, err)
-				resp.Body.Close()
-			}
-		}()
-	}
+	var answered, handled atomic.Int64
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+	stopClients := repeatedly(t, clients, func() bool {
+		resp, err := client.Get("http://" + l.Addr().String())
+		if !assert.NoError(t, err) {
+			return false
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		answered.Add(1)
+		return assert.NoError(t, err)
+	})
 
 	// Not drained with Shutdown: from Go 1.25 on it drops a connection that was accepted
 	// and whose request was not read yet.
-	var handled atomic.Int64
 	serve := func(afterOne func(*stoppablelistener.StoppableListener)) {
 		sl := wrap(t, l)
 		var once sync.Once
@@ -587,18 +575,14 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 	for range cycles {
 		serve((*stoppablelistener.StoppableListener).Stop)
 	}
-	answered := 0
 	serve(func(sl *stoppablelistener.StoppableListener) {
-		close(done)
 		go func() {
-			for range clients {
-				answered += <-answers
-			}
+			stopClients()
 			sl.Stop()
 		}()
 	})
-	assert.EqualValues(t, handled.Load(), answered)
-	assert.GreaterOrEqual(t, answered, cycles)
+	assert.Equal(t, handled.Load(), answered.Load())
+	assert.GreaterOrEqual(t, answered.Load(), int64(cycles))
 }
 
 // Faults
@@ -1376,36 +1360,24 @@ func countLost(b *testing.B, arm arm, stops int) int64 {
 	raw := listen(b)
 	addr := raw.Addr().String()
 	var lost atomic.Int64
-	var loading sync.WaitGroup
-	done := make(chan struct{})
-	for range 8 {
-		loading.Add(1)
-		go func() {
-			defer loading.Done()
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				var conns []*net.TCPConn
-				for range 16 {
-					conn, err := net.DialTimeout("tcp", addr, patience)
-					if err == nil { // else nobody listens: not established, not lost
-						conns = append(conns, conn.(*net.TCPConn))
-					}
-				}
-				for _, conn := range conns {
-					_ = conn.SetReadDeadline(time.Now().Add(time.Second))
-					if _, err := conn.Read(make([]byte, 1)); err != nil {
-						lost.Add(1)
-					}
-					_ = conn.SetLinger(0) // as dialOnce
-					conn.Close()
-				}
+	stopLoad := repeatedly(b, 8, func() bool {
+		var conns []*net.TCPConn
+		for range 16 {
+			conn, err := net.DialTimeout("tcp", addr, patience)
+			if err == nil { // else nobody listens: not established, not lost
+				conns = append(conns, conn.(*net.TCPConn))
 			}
-		}()
-	}
+		}
+		for _, conn := range conns {
+			_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				lost.Add(1)
+			}
+			_ = conn.SetLinger(0) // as dialOnce
+			conn.Close()
+		}
+		return true
+	})
 
 	for n := range stops + 1 {
 		if errors.Is(raw.SetDeadline(none), net.ErrClosed) { // by the bare arm's stop
@@ -1418,8 +1390,7 @@ func countLost(b *testing.B, arm arm, stops int) int64 {
 		last := n == stops
 		if last { // no client is left to be lost by it
 			go func() {
-				close(done)
-				loading.Wait()
+				stopLoad()
 				stop()
 			}()
 		}
@@ -1620,32 +1591,39 @@ func get(t testing.TB, l net.Listener) string {
 // load dials l from a number of clients that use each connection and dial again, until
 // stop is called. Nothing may fail.
 func load(t testing.TB, l net.Listener, clients int, use func(net.Conn) error) (stop func()) {
+	return repeatedly(t, clients, func() bool {
+		conn, err := net.DialTimeout("tcp", l.Addr().String(), patience)
+		if !assert.NoError(t, err) {
+			return false
+		}
+		defer conn.Close()
+		return assert.NoError(t, conn.(*net.TCPConn).SetLinger(0)) && // as dialOnce
+			assert.NoError(t, conn.SetDeadline(time.Now().Add(patience))) &&
+			assert.NoError(t, use(conn))
+	})
+}
+
+// repeatedly has n goroutines call f again and again, each until f returns false or stop
+// is called, which waits for them.
+func repeatedly(t testing.TB, n int, f func() bool) (stop func()) {
 	done := make(chan struct{})
-	var loading sync.WaitGroup
-	for range clients {
-		loading.Add(1)
+	var calling sync.WaitGroup
+	for range n {
+		calling.Add(1)
 		go func() {
-			defer loading.Done()
-			for {
+			defer calling.Done()
+			for f() {
 				select {
 				case <-done:
 					return
 				default:
 				}
-				conn, err := net.DialTimeout("tcp", l.Addr().String(), patience)
-				if !assert.NoError(t, err) {
-					return
-				}
-				assert.NoError(t, conn.(*net.TCPConn).SetLinger(0)) // as dialOnce
-				assert.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
-				assert.NoError(t, use(conn))
-				conn.Close()
 			}
 		}()
 	}
 	stop = sync.OnceFunc(func() {
 		close(done)
-		loading.Wait()
+		calling.Wait()
 	})
 	t.Cleanup(stop)
 	return stop
