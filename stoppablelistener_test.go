@@ -779,7 +779,8 @@ func TestManyRoundsLeaveNothingBehind(t *testing.T) {
 // Random histories
 
 // A history is what several goroutines do to one wrapper after another: each byte
-// is an operation and the goroutine that does it.
+// is an operation and the goroutine that does it. The seed brings the history back, but
+// not how its goroutines took turns.
 func TestRandomHistories(t *testing.T) {
 	for range rounds(500) {
 		seed := rand.Uint64()
@@ -789,7 +790,7 @@ func TestRandomHistories(t *testing.T) {
 			history[i] = byte(random.Uint32())
 		}
 		if err := runHistory(history); err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
+			t.Fatalf("seed %d, history %v: %v", seed, history, err)
 		}
 	}
 }
