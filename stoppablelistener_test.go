@@ -134,18 +134,11 @@ func TestAcceptWaitsOnWhenAPollEnds(t *testing.T) {
 		awaitAcceptors(t, 1)
 		require.NoError(t, l.SetDeadline(past)) // the poll ends
 	}
-	client := dial(t, l)
-	got := receive(t, accepted)
-	require.NoError(t, got.err)
-	defer got.conn.Close()
-	assert.Equal(t, client.LocalAddr().String(), got.conn.RemoteAddr().String())
+	requireClient(t, dial(t, l), accepted)
 
 	// A poll that ended while nobody was in Accept, and with a client queued.
 	require.NoError(t, l.SetDeadline(past))
-	dial(t, l)
-	got = receive(t, accept(sl))
-	require.NoError(t, got.err)
-	got.conn.Close()
+	requireClient(t, dial(t, l), accept(sl))
 }
 
 func TestAcceptDoesNotMoveTheDeadlineForAConnection(t *testing.T) {
@@ -163,9 +156,9 @@ func TestAcceptDoesNotMoveTheDeadlineForAConnection(t *testing.T) {
 func TestAcceptAfterStopNeverReturnsAConnection(t *testing.T) {
 	l := listen(t)
 	sl := wrap(t, l)
-	const clients = 50
-	for range clients {
-		dial(t, l)
+	clients := make([]net.Conn, 50)
+	for i := range clients {
+		clients[i] = dial(t, l)
 	}
 	sl.Stop()
 	for range clients {
@@ -175,10 +168,8 @@ func TestAcceptAfterStopNeverReturnsAConnection(t *testing.T) {
 		require.True(t, err == stoppablelistener.StoppedError, err)
 	}
 	next := wrap(t, l)
-	for range clients {
-		got := receive(t, accept(next))
-		require.NoError(t, got.err)
-		got.conn.Close()
+	for _, client := range clients {
+		requireClient(t, client, accept(next))
 	}
 }
 
@@ -190,10 +181,7 @@ func TestAcceptAfterStopLeavesTheClientsToTheNextWrapper(t *testing.T) {
 	next := wrap(t, l)
 	client := dial(t, l)
 	requireStopped(t, accept(stopped), 1)
-	got := receive(t, accept(next))
-	require.NoError(t, got.err)
-	assert.Equal(t, client.LocalAddr().String(), got.conn.RemoteAddr().String())
-	got.conn.Close()
+	requireClient(t, client, accept(next))
 }
 
 func TestAcceptAllocatesNoMoreThanPackageNet(t *testing.T) {
@@ -224,11 +212,7 @@ func TestCloseWithoutStopIsPackageNetsError(t *testing.T) {
 			awaitAcceptors(t, 1)
 			require.NoError(t, sl.Close())
 			for _, err := range []error{receive(t, waiting), acceptor(sl)} {
-				var opErr *net.OpError
-				require.ErrorAs(t, err, &opErr)
-				assert.Equal(t, "accept", opErr.Op)
-				assert.ErrorIs(t, err, net.ErrClosed)
-				assert.NotErrorIs(t, err, stoppablelistener.StoppedError)
+				requireNetClosed(t, err)
 			}
 		})
 	}
@@ -243,10 +227,7 @@ func TestCloseAtTheEndOfAPollIsPackageNetsError(t *testing.T) {
 		awaitAcceptors(t, 1)
 		require.NoError(t, l.SetDeadline(past))
 		require.NoError(t, l.Close())
-		var opErr *net.OpError
-		require.ErrorAs(t, receive(t, accepted).err, &opErr)
-		require.Equal(t, "accept", opErr.Op)
-		require.ErrorIs(t, opErr, net.ErrClosed)
+		requireNetClosed(t, receive(t, accepted).err)
 	}
 }
 
@@ -309,10 +290,7 @@ func TestSetDeadlineIsPackageNets(t *testing.T) {
 			} else {
 				letPass(t, near)
 			}
-			dial(t, l)
-			got := receive(t, accepted)
-			require.NoError(t, got.err)
-			got.conn.Close()
+			requireClient(t, dial(t, l), accepted)
 		})
 	}
 }
@@ -332,7 +310,7 @@ func TestSetDeadlineRevivesNothingAfterStop(t *testing.T) {
 	sl.Stop()
 	for _, deadline := range []time.Time{none, past, time.Now().Add(time.Hour)} {
 		require.NoError(t, sl.SetDeadline(deadline))
-		assert.True(t, receive(t, accept(sl)).err == stoppablelistener.StoppedError)
+		requireStopped(t, accept(sl), 1)
 	}
 }
 
@@ -402,7 +380,7 @@ func TestStopIsNotUndoneBySetDeadline(t *testing.T) {
 
 func TestStopAnyNumberOfTimesFromAnyGoroutines(t *testing.T) {
 	sl := wrap(t, listen(t))
-	waiting := acceptMany(sl, 1)
+	waiting := accept(sl)
 	var stops sync.WaitGroup
 	for range 100 {
 		stops.Add(1)
@@ -419,7 +397,7 @@ func TestStopAnyNumberOfTimesFromAnyGoroutines(t *testing.T) {
 func TestStopBeforeTheFirstAccept(t *testing.T) {
 	sl := wrap(t, listen(t))
 	sl.Stop()
-	requireStopped(t, acceptMany(sl, 1), 1)
+	requireStopped(t, accept(sl), 1)
 }
 
 func TestStopBeforeAndAfterClose(t *testing.T) {
@@ -431,7 +409,7 @@ func TestStopBeforeAndAfterClose(t *testing.T) {
 			sl.Stop()
 			require.NoError(t, sl.Close())
 			requireStopped(t, waiting, 2)
-			requireStopped(t, acceptMany(sl, 1), 1)
+			requireStopped(t, accept(sl), 1)
 		}
 	})
 	t.Run("after", func(t *testing.T) {
@@ -439,7 +417,7 @@ func TestStopBeforeAndAfterClose(t *testing.T) {
 		require.NoError(t, sl.Close())
 		sl.Stop()
 		sl.Stop()
-		requireStopped(t, acceptMany(sl, 1), 1)
+		requireStopped(t, accept(sl), 1)
 	})
 }
 
@@ -471,7 +449,7 @@ func TestStopFromAHandler(t *testing.T) {
 	})}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(sl) }()
-	assert.Equal(t, "stopped", get(t, l))
+	assert.Equal(t, "stopped", get(t, http.DefaultClient, l))
 	assert.True(t, receive(t, served) == stoppablelistener.StoppedError)
 	require.NoError(t, server.Shutdown(context.Background()))
 }
@@ -500,16 +478,13 @@ func TestStopLeavesTheSocketToItsOwner(t *testing.T) {
 
 	require.NoError(t, l.SetDeadline(none))
 	sl.Stop() // neither moves the deadline again, nor closes the socket
-	got := receive(t, accept(l))
-	require.NoError(t, got.err)
-	assert.Equal(t, client.LocalAddr().String(), got.conn.RemoteAddr().String())
-	got.conn.Close()
+	requireClient(t, client, accept(l))
 	assert.NoError(t, l.Close())
 }
 
 func TestStopByContext(t *testing.T) {
 	sl := wrap(t, listen(t))
-	waiting := acceptMany(sl, 1)
+	waiting := accept(sl)
 	ctx, cancel := context.WithCancel(context.Background())
 	context.AfterFunc(ctx, sl.Stop)
 	cancel()
@@ -815,6 +790,9 @@ type span struct{ begin, end int64 }
 // before reports whether s had ended when other began.
 func (s span) before(other span) bool { return s.end != 0 && s.end < other.begin }
 
+// began reports whether s had begun when other ended.
+func (s span) began(other span) bool { return s.begin != 0 && s.begin < other.end }
+
 // A world is what a history plays in: one listener at a time, and its wrapper.
 type world struct {
 	clock atomic.Int64
@@ -827,10 +805,9 @@ type world struct {
 // A socket is one listener and the addresses of its clients.
 type socket struct {
 	*net.TCPListener
-	closed bool // guarded by the world's mu
 
 	mu               sync.Mutex // guards the fields below
-	close            span       // from the first that began to the first that ended
+	close            span       // from the first that began to the first that ended; the world's mu too
 	dialed, accepted []string
 }
 
@@ -920,7 +897,6 @@ func (w *world) do(op byte) error {
 		return nil
 	case 3:
 		defer w.mu.Unlock()
-		lf.socket.closed = true
 		w.record(&lf.socket.mu, &lf.close, func() { lf.sl.Close() })
 		return nil
 	case 4, 5:
@@ -966,7 +942,7 @@ func (w *world) renew() error {
 		lf.accepting.Wait()
 		w.past = append(w.past, lf)
 		s = lf.socket
-		if s.closed {
+		if s.close.begin != 0 {
 			if _, err := stoppablelistener.New(s.TCPListener); !errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("New on a closed listener: %v", err)
 			}
@@ -1016,7 +992,7 @@ func (w *world) setDeadline(lf *life, at time.Time) {
 
 // dial connects a client, with the world's mu held.
 func (s *socket) dial() error {
-	if s.closed {
+	if s.close.begin != 0 {
 		return nil
 	}
 	conn, err := net.Dial("tcp", s.Addr().String())
@@ -1071,7 +1047,7 @@ func (lf *life) judge() error {
 	}
 	for _, op := range lf.deadlines {
 		closed := errors.Is(op.err, net.ErrClosed)
-		if op.err != nil && !closed || closed && (lf.close.begin == 0 || lf.close.begin > op.end) ||
+		if op.err != nil && !closed || closed && !lf.close.began(op.span) ||
 			!closed && lf.close.before(op.span) {
 			return fmt.Errorf("SetDeadline: %v", op.err)
 		}
@@ -1087,7 +1063,7 @@ func (lf *life) judge() error {
 // wrong says why Accept may not have returned as it did; it is empty if it may.
 func (lf *life) wrong(op acceptOp) string {
 	if op.err == stoppablelistener.StoppedError {
-		if lf.stop.begin == 0 || lf.stop.begin > op.end {
+		if !lf.stop.began(op.span) {
 			return "not stopped yet"
 		}
 		return ""
@@ -1103,14 +1079,14 @@ func (lf *life) wrong(op acceptOp) string {
 		return ""
 	case errors.Is(op.err, os.ErrDeadlineExceeded):
 		for _, d := range lf.deadlines {
-			if d.begin < op.end && d.at != none && !d.at.After(op.returned) && !lf.superseded(d, op) {
+			if d.began(op.span) && d.at != none && !d.at.After(op.returned) && !lf.superseded(d, op) {
 				return ""
 			}
 		}
 		return "no deadline was due"
 	case !errors.Is(op.err, net.ErrClosed):
 		return "an error of its own"
-	case lf.close.begin == 0 || lf.close.begin > op.end:
+	case !lf.close.began(op.span):
 		return "not closed yet"
 	case lf.stop.before(lf.close):
 		return "stopped before it was closed"
@@ -1337,20 +1313,16 @@ func timeClassicStops(b *testing.B, waiting int) []time.Duration {
 // BenchmarkStopUnderLoad counts the connections that were established and got no answer
 // because the accept loop was stopped, and the socket served again right away.
 func BenchmarkStopUnderLoad(b *testing.B) {
+	const stops = 10
 	blockInRead(b)
-	lost := samples{}
+	lost := map[string]int64{}
 	for i := range b.N {
 		for _, arm := range inTurn(i, arms...) {
-			const stops = 10
-			lost.add(arm, float64(countLost(b, arm, stops))/stops)
+			lost[arm.name] += countLost(b, arm, stops)
 		}
 	}
 	for _, arm := range arms {
-		sum := 0.0
-		for _, n := range lost[arm.name] {
-			sum += n
-		}
-		b.ReportMetric(sum/float64(b.N), arm.name+"-lost/stop")
+		b.ReportMetric(float64(lost[arm.name])/float64(b.N*stops), arm.name+"-lost/stop")
 	}
 	b.ReportMetric(0, "ns/op")
 }
@@ -1415,14 +1387,7 @@ func countLost(b *testing.B, arm arm, stops int) int64 {
 func BenchmarkServe(b *testing.B) {
 	const requests = 20
 	blockInRead(b)
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	request := func(l net.Listener) {
-		resp, err := client.Get("http://" + l.Addr().String())
-		require.NoError(b, err)
-		_, err = io.Copy(io.Discard, resp.Body)
-		require.NoError(b, err)
-		resp.Body.Close()
-	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	times := samples{}
 	for i := range b.N {
 		for _, arm := range inTurn(i, arms...) {
@@ -1430,10 +1395,10 @@ func BenchmarkServe(b *testing.B) {
 			server := http.Server{Handler: http.NotFoundHandler()}
 			ended := make(chan error, 1)
 			go func() { ended <- server.Serve(l) }()
-			request(l) // now Serve serves
+			get(b, client, l) // now Serve serves
 			start := time.Now()
 			for range requests {
-				request(l)
+				get(b, client, l)
 			}
 			times.add(arm, float64(time.Since(start).Nanoseconds())/requests)
 			server.Close()
@@ -1580,8 +1545,8 @@ func dialOnce(t testing.TB, l net.Listener) *net.TCPConn {
 	return tcp
 }
 
-func get(t testing.TB, l net.Listener) string {
-	resp, err := http.Get("http://" + l.Addr().String())
+func get(t testing.TB, client *http.Client, l net.Listener) string {
+	resp, err := client.Get("http://" + l.Addr().String())
 	require.NoError(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
@@ -1705,12 +1670,31 @@ func receive[T any](t testing.TB, ch <-chan T) T {
 	}
 }
 
+// requireClient takes an Accept's result, which must be client's connection.
+func requireClient(t testing.TB, client net.Conn, results <-chan accepted) {
+	t.Helper()
+	got := receive(t, results)
+	require.NoError(t, got.err)
+	defer got.conn.Close()
+	require.Equal(t, client.LocalAddr().String(), got.conn.RemoteAddr().String())
+}
+
 func requireStopped(t testing.TB, results <-chan accepted, n int) {
 	t.Helper()
 	for range n {
 		err := receive(t, results).err
 		require.True(t, err == stoppablelistener.StoppedError, err)
 	}
+}
+
+// requireNetClosed wants what package net's Accept says of a closed listener.
+func requireNetClosed(t testing.TB, err error) {
+	t.Helper()
+	var opErr *net.OpError
+	require.ErrorAs(t, err, &opErr)
+	require.Equal(t, "accept", opErr.Op)
+	require.ErrorIs(t, err, net.ErrClosed)
+	require.NotErrorIs(t, err, stoppablelistener.StoppedError)
 }
 
 func requireTimeout(t testing.TB, err error) {

@@ -21,12 +21,15 @@ import (
 // drainTimeout is how long requests in flight may take once the server has stopped.
 const drainTimeout = 10 * time.Second
 
-const usage = "usage: example [-addr host:port] (default :8080)"
+const (
+	defaultAddr = ":8080"
+	usage       = "usage: example [-addr host:port] (default " + defaultAddr + ")"
+)
 
 func main() {
 	flags := flag.NewFlagSet("example", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // package flag would print several lines
-	addr := flags.String("addr", ":8080", "")
+	addr := flags.String("addr", defaultAddr, "")
 	err := flags.Parse(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Println(usage)

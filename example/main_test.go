@@ -70,6 +70,14 @@ func (p *program) line() string {
 	return p.lines.Text()
 }
 
+// signal sends the program its first signal, and returns when it waits for the server.
+func (p *program) signal(t *testing.T, sig os.Signal) {
+	require.NoError(t, p.Process.Signal(sig))
+	for _, line := range []string{"Got signal:" + sig.String(), "Stopping listener", "Waiting on server"} {
+		require.Equal(t, line, p.line())
+	}
+}
+
 // status waits for the program to end and returns its exit status.
 func (p *program) status(t *testing.T) int {
 	err := p.Wait()
@@ -133,11 +141,7 @@ func TestSignalEndsInOrder(t *testing.T) {
 			p, addr := startServing(t)
 			slow := hold(t, addr)
 
-			require.NoError(t, p.Process.Signal(sig))
-			assert.Equal(t, "Got signal:"+sig.String(), p.line())
-			assert.Equal(t, "Stopping listener", p.line())
-			assert.Equal(t, "Waiting on server", p.line())
-
+			p.signal(t, sig)
 			_, err := slow.Write([]byte("\r\n"))
 			require.NoError(t, err)
 			resp, err := http.ReadResponse(bufio.NewReader(slow), nil)
@@ -159,10 +163,7 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 	p, addr := startServing(t)
 	slow := hold(t, addr)
 
-	require.NoError(t, p.Process.Signal(os.Interrupt))
-	for _, line := range []string{"Got signal:interrupt", "Stopping listener", "Waiting on server"} {
-		require.Equal(t, line, p.line())
-	}
+	p.signal(t, os.Interrupt)
 	require.NoError(t, p.Process.Signal(os.Interrupt))
 	second := time.Now()
 	assert.Equal(t, 1, p.status(t))
