@@ -350,28 +350,32 @@ func TestStopEndsEveryAcceptAtOnce(t *testing.T) {
 	}
 }
 
-// One acceptor takes the lock to begin its next poll while Stop does; the others
-// must not have to wait for that poll to end.
+// One acceptor is about to begin its next poll when Stop is called; the others must not
+// have to wait for that poll to end. Polls end without pause until then, so that there
+// is such an acceptor in some of the rounds.
 func TestStopIsNotUndoneByAPoll(t *testing.T) {
-	const acceptors = 4
-	for range rounds(2000) {
-		l := listen(t)
-		sl := wrap(t, l)
-		waiting := acceptMany(sl, acceptors)
-		require.NoError(t, l.SetDeadline(past)) // the poll ends
-		sl.Stop()
-		requireStopped(t, waiting, acceptors)
-		l.Close()
-	}
+	stopAfter(t, func(l *net.TCPListener, _ *stoppablelistener.StoppableListener) {
+		for begin := time.Now(); time.Since(begin) < 100*time.Microsecond; {
+			assert.NoError(t, l.SetDeadline(past))
+		}
+	})
 }
 
 func TestStopIsNotUndoneBySetDeadline(t *testing.T) {
+	stopAfter(t, func(_ *net.TCPListener, sl *stoppablelistener.StoppableListener) {
+		go sl.SetDeadline(time.Now().Add(time.Hour))
+	})
+}
+
+// stopAfter has acceptors wait, calls disturb and stops them, in many rounds.
+func stopAfter(t *testing.T, disturb func(*net.TCPListener, *stoppablelistener.StoppableListener)) {
 	const acceptors = 4
 	for range rounds(2000) {
 		l := listen(t)
 		sl := wrap(t, l)
 		waiting := acceptMany(sl, acceptors)
-		go sl.SetDeadline(time.Now().Add(time.Hour))
+		awaitAcceptors(t, acceptors)
+		disturb(l, sl)
 		sl.Stop()
 		requireStopped(t, waiting, acceptors)
 		l.Close()
