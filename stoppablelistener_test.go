@@ -163,9 +163,9 @@ func TestAcceptAfterStopNeverReturnsAConnection(t *testing.T) {
 	sl.Stop()
 	for range clients {
 		_, err := sl.Accept()
-		require.True(t, err == stoppablelistener.StoppedError, err)
+		requireStoppedError(t, err)
 		_, err = sl.AcceptTCP()
-		require.True(t, err == stoppablelistener.StoppedError, err)
+		requireStoppedError(t, err)
 	}
 	next := wrap(t, l)
 	for _, client := range clients {
@@ -441,7 +441,7 @@ func TestStopFromTheAcceptLoopItself(t *testing.T) {
 			sl.Stop()
 		}
 	}()
-	assert.True(t, receive(t, loop) == stoppablelistener.StoppedError)
+	requireStoppedError(t, receive(t, loop))
 }
 
 func TestStopFromAHandler(t *testing.T) {
@@ -454,7 +454,7 @@ func TestStopFromAHandler(t *testing.T) {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(sl) }()
 	assert.Equal(t, "stopped", get(t, http.DefaultClient, l))
-	assert.True(t, receive(t, served) == stoppablelistener.StoppedError)
+	requireStoppedError(t, receive(t, served))
 	require.NoError(t, server.Shutdown(context.Background()))
 }
 
@@ -548,8 +548,7 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 		})
 		served := make(chan error, 1)
 		go func() { served <- http.Serve(keepOpen{sl}, handler) }()
-		err := receive(t, served)
-		require.True(t, err == stoppablelistener.StoppedError, err)
+		requireStoppedError(t, receive(t, served))
 	}
 	for range cycles {
 		serve((*stoppablelistener.StoppableListener).Stop)
@@ -725,7 +724,7 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	}()
 	receive(t, failing)
 	sl.Stop()
-	require.True(t, receive(t, ended) == stoppablelistener.StoppedError)
+	requireStoppedError(t, receive(t, ended))
 }
 
 func TestManyRoundsLeaveNothingBehind(t *testing.T) {
@@ -1686,9 +1685,13 @@ func requireClient(t testing.TB, client net.Conn, results <-chan accepted) {
 func requireStopped(t testing.TB, results <-chan accepted, n int) {
 	t.Helper()
 	for range n {
-		err := receive(t, results).err
-		require.True(t, err == stoppablelistener.StoppedError, err)
+		requireStoppedError(t, receive(t, results).err)
 	}
+}
+
+func requireStoppedError(t testing.TB, err error) {
+	t.Helper()
+	require.True(t, err == stoppablelistener.StoppedError, err)
 }
 
 // requireNetClosed wants what package net's Accept says of a closed listener.
