@@ -812,6 +812,7 @@ type socket struct {
 	mu               sync.Mutex // guards the fields below
 	close            span       // from the first that began to the first that ended; the world's mu too
 	dialed, accepted []string
+	clients          []net.Conn // stay: on some systems a client that has left is not accepted
 }
 
 // A life is that of one wrapper: what was done to it and what came back.
@@ -883,6 +884,9 @@ func playHistory(history []byte) error {
 	err = errors.Join(err, w.drain())
 	for _, lf := range append(w.past, w.life) {
 		err = errors.Join(err, lf.judge())
+		for _, client := range lf.clients {
+			client.Close()
+		}
 	}
 	return err
 }
@@ -1005,10 +1009,8 @@ func (s *socket) dial() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.dialed = append(s.dialed, conn.LocalAddr().String())
-	if err := conn.(*net.TCPConn).SetLinger(0); err != nil {
-		return err
-	}
-	return conn.Close()
+	s.clients = append(s.clients, conn)
+	return conn.(*net.TCPConn).SetLinger(0) // as dialOnce
 }
 
 func (s *socket) took(conn net.Conn) {
