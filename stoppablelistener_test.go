@@ -351,6 +351,16 @@ func TestStopEndsEveryAcceptAtOnce(t *testing.T) {
 	}
 }
 
+// A Stop takes some microseconds. The median tells a slow one from a busy machine.
+func TestStopIsFast(t *testing.T) {
+	took := make([]time.Duration, 21)
+	for i := range took {
+		took[i] = timeStop(t, ours, 1, func() { awaitAcceptors(t, 1) })
+	}
+	slices.Sort(took)
+	assert.Less(t, took[len(took)/2], 100*time.Millisecond, "%v", took)
+}
+
 // One acceptor is about to begin its next poll when Stop is called; the others must not
 // have to wait for that poll to end. Polls end without pause until then, so that there
 // is such an acceptor in some of the rounds.
@@ -1278,10 +1288,10 @@ func BenchmarkStop(b *testing.B) {
 }
 
 // timeStop stops goroutines that wait in Accept, once settle has returned.
-func timeStop(b *testing.B, arm arm, waiting int, settle func()) time.Duration {
-	raw := listen(b)
+func timeStop(t testing.TB, arm arm, waiting int, settle func()) time.Duration {
+	raw := listen(t)
 	defer raw.Close()
-	l, stop := arm.wrap(b, raw)
+	l, stop := arm.wrap(t, raw)
 	returned := make(chan time.Time, waiting)
 	for range waiting {
 		go func() {
