@@ -14,6 +14,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/c2db162c/stoppablelistener/internal/nonblock"
 )
 
 // pollInterval is the furthest that a listener's deadline lies ahead. Stop does
@@ -37,11 +39,12 @@ var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.Err
 // its socket stays open. [New] makes one; the zero value is of no use. Its methods may
 // be called from any number of goroutines at once.
 //
-// Addr, Close, File and SyscallConn are those of the embedded listener. Handing
-// the result of File to a child process ([os/exec.Cmd.ExtraFiles], or its Fd method)
-// puts the socket, which the parent still shares, into blocking mode, where no deadline
-// can interrupt an Accept. So call Stop, wait for the accept loop to return, and start the
-// child then: the clients that come in between wait in the kernel's queue.
+// Addr, Close, File and SyscallConn are those of the embedded listener. To give the
+// socket to a child process, call Stop, wait for the accept loop to return, and start the
+// child then, with the result of File in [os/exec.Cmd.ExtraFiles]: the clients that come
+// in between wait in the kernel's queue. Not while a goroutine is in Accept: starting a
+// child, like calling Fd on that result, puts the socket into blocking mode, for parent
+// and child alike, and there neither Stop nor Close can end an Accept. New undoes that.
 type StoppableListener struct {
 	*net.TCPListener
 
@@ -51,12 +54,14 @@ type StoppableListener struct {
 	deadline time.Time  // as the caller set it; zero means none
 }
 
-// New wraps l, which must be an open, non-nil [*net.TCPListener] as it comes from
-// [net.Listen]; for anything else it returns an error that says what l was. For a
-// closed listener, errors.Is(err, net.ErrClosed) holds.
+// New wraps l, which must be an open, non-nil [*net.TCPListener], whichever function
+// made it: [net.Listen], [net.ListenConfig.Listen], [net.FileListener]. For anything else
+// it returns an error that says what l was, and for a closed listener one that wraps
+// [net.ErrClosed].
 //
-// New takes over l and its deadline: one set before is gone. A socket that was
-// stopped can thus be wrapped and served again, as often as you like. Wait for the
+// New takes over l: a deadline set before is gone, and the socket is in nonblocking mode
+// again, wherever Go uses that. A socket that was stopped, or whose child process could
+// not be started, can thus be wrapped and served again, as often as you like. Wait for the
 // accept loop on the earlier wrapper to return first: New moves the deadline that tells
 // it to. New starts no goroutine.
 func New(l net.Listener) (*StoppableListener, error) {
@@ -68,7 +73,11 @@ func New(l net.Listener) (*StoppableListener, error) {
 		return nil, errors.New("stoppablelistener: cannot wrap a nil *net.TCPListener")
 	}
 	sl := &StoppableListener{TCPListener: tcp, stop: make(chan struct{})}
-	if err := sl.SetDeadline(time.Time{}); err != nil {
+	err := sl.SetDeadline(time.Time{})
+	if err == nil {
+		err = nonblock.Set(tcp)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("stoppablelistener: cannot wrap listener: %w", err)
 	}
 	return sl, nil

@@ -90,6 +90,42 @@ func TestNewTakesOverTheDeadline(t *testing.T) {
 	}
 }
 
+// Starting a child process puts the socket into blocking mode, even where it fails.
+func TestNewTakesOverTheBlockingMode(t *testing.T) {
+	skipWithoutFile(t)
+	const child = "child"
+	if os.Getenv(childEnv) == child {
+		return
+	}
+	for name, start := range map[string]func(*testing.T, *os.File){
+		"cannot be started": func(t *testing.T, file *os.File) {
+			cmd := exec.Cmd{Path: t.TempDir(), ExtraFiles: []*os.File{file}} // a folder
+			require.Error(t, cmd.Start())
+		},
+		"ends at once": func(t *testing.T, file *os.File) {
+			cmd, output := childProcess(t, child)
+			cmd.ExtraFiles = []*os.File{file}
+			require.NoError(t, cmd.Run(), output)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := listen(t)
+			t.Cleanup(func() { dial(t, l) }) // Close would wait for a deaf Accept
+			wrap(t, l).Stop()
+			file, err := l.File()
+			require.NoError(t, err)
+			start(t, file)
+			require.NoError(t, file.Close())
+
+			sl := wrap(t, l)
+			waiting := acceptMany(sl, 2)
+			requireClient(t, dial(t, l), waiting)
+			sl.Stop()
+			requireStopped(t, waiting, 1)
+		})
+	}
+}
+
 func TestNewStartsNoGoroutine(t *testing.T) {
 	l := listen(t)
 	before := runtime.NumGoroutine()
@@ -631,9 +667,7 @@ func TestSocketIsHandedToAChildProcess(t *testing.T) {
 		require.NoError(t, receive(t, served))
 		return
 	}
-	if runtime.GOOS == "windows" || runtime.GOOS == "plan9" {
-		t.Skip("a listener has no File here that a child process could inherit")
-	}
+	skipWithoutFile(t)
 
 	for range 3 {
 		cmd, output := childProcess(t, child)
@@ -1627,6 +1661,12 @@ func serveName(l net.Listener, name string) error {
 		if err := conn.Close(); err != nil {
 			return err
 		}
+	}
+}
+
+func skipWithoutFile(t *testing.T) {
+	if runtime.GOOS == "windows" || runtime.GOOS == "plan9" {
+		t.Skip("a listener has no File here that a child process could inherit")
 	}
 }
 
