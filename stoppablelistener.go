@@ -115,11 +115,15 @@ func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 
 // SetDeadline is [net.TCPListener.SetDeadline]: from t on, Accept and AcceptTCP fail with
 // an error that is a timeout; the zero time means no deadline. It holds for calls that
-// are already waiting, and takes back nothing of a Stop. On a closed listener it
-// returns package net's error.
+// are already waiting. Once Stop has been called it changes nothing and returns
+// [StoppedError], for the socket may by then be somebody else's. On a closed listener it
+// returns package net's error, unless Stop was called too.
 func (sl *StoppableListener) SetDeadline(t time.Time) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
+	if sl.stopped() {
+		return StoppedError
+	}
 	sl.deadline = t
 	return sl.beginPoll()
 }
@@ -145,7 +149,7 @@ func (sl *StoppableListener) Stop() {
 		return // the socket may by now be another wrapper's
 	}
 	close(sl.stop)
-	_ = sl.beginPoll() // fails only on a closed listener, where nobody waits
+	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where nobody waits
 }
 
 // stopped reports whether Stop has been called.
@@ -178,17 +182,14 @@ func (sl *StoppableListener) endPoll(err error) error {
 
 // beginPoll moves the wrapped listener's deadline to the end of the next poll.
 //
-// Every change of the deadline comes through here with mu held, and Stop closes the
-// channel with mu held. So an acceptor that was just about to begin a poll either does
-// so before Stop, whose deadline then replaces its own, or after, when it finds the
-// channel closed: no poll can put off the deadline by which Stop wakes the others.
+// It is called with mu held, and not once the stop channel is closed, which Stop does
+// with mu held. So an acceptor that was just about to begin a poll either does so before
+// Stop, whose deadline then replaces its own, or finds the channel closed: no poll can
+// put off the deadline by which Stop wakes the others.
 func (sl *StoppableListener) beginPoll() error {
 	end := time.Now().Add(pollInterval)
 	if !sl.deadline.IsZero() && sl.deadline.Before(end) {
 		end = sl.deadline
-	}
-	if sl.stopped() {
-		end = longPast
 	}
 	return sl.TCPListener.SetDeadline(end)
 }

@@ -342,13 +342,18 @@ func TestSetDeadlineEndsEveryAccept(t *testing.T) {
 	}
 }
 
-func TestSetDeadlineRevivesNothingAfterStop(t *testing.T) {
-	sl := wrap(t, listen(t))
+func TestSetDeadlineAfterStopTouchesNothing(t *testing.T) {
+	l := listen(t)
+	sl := wrap(t, l)
 	sl.Stop()
-	for _, deadline := range []time.Time{none, past, time.Now().Add(time.Hour)} {
-		require.NoError(t, sl.SetDeadline(deadline))
+	require.NoError(t, l.SetDeadline(none))
+	waiting := accept(l) // the next owner's
+	awaitAcceptors(t, 1)
+	for _, deadline := range []time.Time{past, time.Now().Add(time.Hour), none} {
+		requireStoppedError(t, sl.SetDeadline(deadline))
 		requireStopped(t, accept(sl), 1)
 	}
+	requireClient(t, dial(t, l), waiting)
 }
 
 // The goroutines that Stop has woken may not have run before SetDeadline is called.
@@ -358,7 +363,7 @@ func TestSetDeadlineAfterStopHoldsNobodyBack(t *testing.T) {
 		waiting := acceptMany(sl, 3)
 		awaitAcceptors(t, 3)
 		sl.Stop()
-		require.NoError(t, sl.SetDeadline(none))
+		requireStoppedError(t, sl.SetDeadline(none))
 		requireStopped(t, waiting, 3)
 	}
 }
@@ -370,7 +375,7 @@ func TestSetDeadlineOnAClosedListenerIsPackageNetsError(t *testing.T) {
 	require.ErrorIs(t, want, net.ErrClosed)
 	assert.Equal(t, want, sl.SetDeadline(none))
 	sl.Stop()
-	assert.Equal(t, want, sl.SetDeadline(none))
+	requireStoppedError(t, sl.SetDeadline(none))
 }
 
 // Stop
@@ -1095,6 +1100,15 @@ func (lf *life) judge() error {
 		}
 		delete(clients, addr)
 	}
+	for _, op := range lf.deadlines {
+		stopped := op.err == stoppablelistener.StoppedError
+		if stopped && !lf.stop.began(op.span) || !stopped && lf.stop.before(op.span) {
+			return fmt.Errorf("SetDeadline %+v, Stop %+v: %v", op.span, lf.stop, op.err)
+		}
+	}
+	lf.deadlines = slices.DeleteFunc(lf.deadlines, func(op *deadlineOp) bool {
+		return op.err == stoppablelistener.StoppedError // it has changed nothing
+	})
 	for _, op := range lf.deadlines {
 		closed := errors.Is(op.err, net.ErrClosed)
 		if op.err != nil && !closed || closed && !lf.close.began(op.span) ||
