@@ -14,13 +14,12 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/c2db162c/stoppablelistener"
 )
 
-// An HTTP server ends in order: no new connections, then no accept loop, then no
-// open connections. The request in flight is answered in full.
+// Stop ends Serve, and the connections go on: the request in flight is answered in full.
+// To end those too, and fail no request, copy drain.go from the folder example.
 func Example() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -32,20 +31,13 @@ func Example() {
 	}
 
 	inFlight, finish := make(chan struct{}), make(chan struct{})
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		close(inFlight)
 		<-finish
 		fmt.Fprint(w, "Hello HTTP!")
-	})}
-
-	var serving sync.WaitGroup
-	serving.Add(1)
-	go func() {
-		defer serving.Done()
-		if err := server.Serve(sl); !errors.Is(err, stoppablelistener.StoppedError) {
-			log.Print(err)
-		}
-	}()
+	})
+	served := make(chan error)
+	go func() { served <- http.Serve(sl, handler) }()
 
 	answer := make(chan string)
 	go func() {
@@ -66,22 +58,17 @@ func Example() {
 	<-inFlight
 
 	sl.Stop()
-	serving.Wait()
+	if err := <-served; err != stoppablelistener.StoppedError {
+		log.Fatal(err)
+	}
 	fmt.Println("Serve has returned")
 
 	close(finish)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
 	fmt.Println(<-answer)
-	if err := server.Shutdown(ctx); err != nil {
-		log.Fatal(err)
-	}
-	fmt.Println("all connections have ended")
 
 	// Output:
 	// Serve has returned
 	// Hello HTTP!
-	// all connections have ended
 }
 
 // Ctrl+C, SIGTERM, or whatever else ends a context, stops the listener.
@@ -97,7 +84,7 @@ func Example_signals() {
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
-	defer context.AfterFunc(ctx, sl.Stop)()
+	context.AfterFunc(ctx, sl.Stop)
 
 	go cancel() // here in place of Ctrl+C
 
@@ -263,31 +250,27 @@ func ExampleStoppableListener_Stop() {
 	}
 	defer l.Close()
 
-	// serve answers requests on l with the name, until the listener is stopped.
-	serve := func(name string) (*stoppablelistener.StoppableListener, <-chan error) {
+	// serve answers requests on l with the name, until stop is called.
+	serve := func(name string) (stop func()) {
 		sl, err := stoppablelistener.New(l)
 		if err != nil {
 			log.Fatal(err)
 		}
-		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			fmt.Fprintln(w, "answered by the", name)
-		})}
-		served := make(chan error, 1)
-		go func() {
-			defer close(served)
-			if err := server.Serve(keepOpen{sl}); err != stoppablelistener.StoppedError {
-				served <- err
+		})
+		served := make(chan error)
+		go func() { served <- http.Serve(keepOpen{sl}, handler) }()
+		return func() {
+			sl.Stop()
+			if err := <-served; err != stoppablelistener.StoppedError {
+				log.Fatal(err)
 			}
-			server.SetKeepAlivesEnabled(false) // its connections end with their requests
-		}()
-		return sl, served
+		}
 	}
 
-	first, firstServed := serve("first")
-	first.Stop()
-	if err := <-firstServed; err != nil {
-		log.Fatal(err)
-	}
+	stopFirst := serve("first")
+	stopFirst()
 
 	client, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
@@ -298,7 +281,7 @@ func ExampleStoppableListener_Stop() {
 		log.Fatal(err)
 	}
 
-	second, secondServed := serve("second")
+	stopSecond := serve("second")
 	resp, err := http.ReadResponse(bufio.NewReader(client), nil)
 	if err != nil {
 		log.Fatal(err)
@@ -307,17 +290,20 @@ func ExampleStoppableListener_Stop() {
 	if _, err := io.Copy(os.Stdout, resp.Body); err != nil {
 		log.Fatal(err)
 	}
-	second.Stop()
-	if err := <-secondServed; err != nil {
-		log.Fatal(err)
-	}
+	stopSecond()
 
 	// Output:
 	// answered by the second
 }
 
-// keepOpen keeps http.Server.Serve from closing the socket as it returns.
-type keepOpen struct{ net.Listener }
+// keepOpen keeps the socket open when http.Server closes its listener, which Serve does
+// as it returns, and Shutdown and Close while they wait for Serve to return.
+type keepOpen struct {
+	*stoppablelistener.StoppableListener
+}
 
-// Close does nothing: the socket is going to be served again.
-func (keepOpen) Close() error { return nil }
+// Close ends Serve, and leaves the socket to be served again.
+func (l keepOpen) Close() error {
+	l.Stop()
+	return nil
+}

@@ -61,7 +61,7 @@ func TestNewRejects(t *testing.T) {
 		{"UnixListener", unix, "*net.UnixListener"},
 		{"TLS", tls.NewListener(listen(t), &tls.Config{}), "*tls.listener"},
 		{"StoppableListener", wrap(t, listen(t)), "*stoppablelistener.StoppableListener"},
-		{"foreign wrapper", keepOpen{listen(t)}, "stoppablelistener_test.keepOpen"},
+		{"foreign wrapper", keepOpen{wrap(t, listen(t))}, "stoppablelistener_test.keepOpen"},
 		{"zero TCPListener", &net.TCPListener{}, "invalid argument"},
 		{"closed", closed, net.ErrClosed.Error()},
 	} {
@@ -588,8 +588,6 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 		return assert.NoError(t, err)
 	})
 
-	// Not drained with Shutdown: from Go 1.25 on it drops a connection that was accepted
-	// and whose request was not read yet.
 	serve := func(afterOne func(*stoppablelistener.StoppableListener)) {
 		sl := wrap(t, l)
 		var once sync.Once
@@ -613,6 +611,26 @@ func TestHTTPClientsLoseNoRequestWhileTheSocketIsServedAgain(t *testing.T) {
 	})
 	assert.Equal(t, handled.Load(), answered.Load())
 	assert.GreaterOrEqual(t, answered.Load(), int64(cycles))
+}
+
+// Shutdown and Close of the server close its listener, and wait for Serve to return.
+func TestHTTPServerEndsWhileItServesAWrapperWhoseCloseStops(t *testing.T) {
+	for name, end := range map[string]func(*http.Server) error{
+		"Shutdown": func(s *http.Server) error { return s.Shutdown(context.Background()) },
+		"Close":    (*http.Server).Close,
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := listen(t)
+			server := http.Server{Handler: http.NotFoundHandler()}
+			served, ended := make(chan error, 1), make(chan error, 1)
+			go func() { served <- server.Serve(keepOpen{wrap(t, l)}) }()
+			get(t, http.DefaultClient, l)
+			go func() { ended <- end(&server) }()
+			assert.NoError(t, receive(t, ended))
+			assert.Equal(t, http.ErrServerClosed, receive(t, served))
+			requireClient(t, dial(t, l), accept(wrap(t, l)))
+		})
+	}
 }
 
 // Faults
