@@ -1,10 +1,18 @@
-// Package stoppablelistener ends an accept loop and leaves its socket alone.
+// Package stoppablelistener stops a TCP accept loop and keeps its socket:
 //
-// [net.TCPListener.Close] ends a blocked Accept too, but it takes the socket and
-// the clients still queued in the kernel with it; where that is wanted, use Close,
-// or [net/http.Server.Shutdown] for an HTTP server that has nothing else to stop.
-// A [StoppableListener] is for every other accept loop, and for stopping in order:
-// first new connections, then the loop, then the open connections, then the socket.
+//	sl, err := stoppablelistener.New(l) // l is what net.Listen returned
+//	go http.Serve(sl, handler)          // or any other accept loop
+//	sl.Stop()                           // Serve returns StoppedError
+//
+// Package net has two other ways to end an Accept that waits. [net.TCPListener.Close]
+// takes the socket with it, and the clients that the kernel has queued there.
+// [net.TCPListener.SetDeadline], on which this package is built, gives a timeout; that
+// counts as temporary, so [net/http.Server.Serve] tries again for ever.
+//
+// Where one HTTP server is all that there is to stop, and some failed requests do not
+// matter, [net/http.Server.Shutdown] is enough. A [StoppableListener] is for every other
+// TCP accept loop, for stopping in order (new connections, then the loop, then the open
+// connections), and for a socket that goes on, to the next server or to a new process.
 package stoppablelistener
 
 import (
@@ -18,8 +26,14 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/nonblock"
 )
 
-// pollInterval is the furthest that a listener's deadline lies ahead. Stop does
-// not wait for it; it is long so that an idle listener costs next to nothing.
+// pollInterval is the furthest that a listener's deadline lies ahead; it is long, so that
+// an idle listener costs next to nothing.
+//
+// Stop has no need of a poll, since it moves the deadline itself. The poll is the safety
+// net for a socket that others can reach too: a wrapper made before the accept loop of a
+// stopped one has returned moves the deadline that was to end that loop, which then
+// sleeps for a minute and not for ever; and a deadline set on the bare listener ends a
+// poll and not an Accept.
 const pollInterval = time.Minute
 
 // longPast is a deadline that ends every Accept, as net/http uses it to end reads.
@@ -28,9 +42,9 @@ var longPast = time.Unix(1, 0)
 // StoppedError is what Accept and AcceptTCP return once Stop has been called: this
 // very value, so that both err == StoppedError and [errors.Is] hold.
 //
-// It wraps [net.ErrClosed] and ends in its text, so an accept loop that knows how to
-// end on a closed listener, by either, ends on a stopped one. It is neither a temporary
-// error nor a timeout, so no accept loop tries again.
+// It wraps [net.ErrClosed], and its text ends with that error's, so an accept loop that
+// recognizes a closed listener by either ends quietly on a stopped one. It is neither
+// temporary nor a timeout, the two kinds of error after which accept loops try again.
 //
 //lint:ignore ST1012 this is the published name
 var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.ErrClosed)
@@ -83,8 +97,8 @@ func New(l net.Listener) (*StoppableListener, error) {
 	return sl, nil
 }
 
-// Accept is AcceptTCP for users of [net.Listener]; the connection is a
-// [*net.TCPConn], and a nil interface if there is an error.
+// Accept does what AcceptTCP does, as [net.Listener] wants it: the connection is a
+// [*net.TCPConn], or a nil interface if there is an error.
 func (sl *StoppableListener) Accept() (net.Conn, error) {
 	conn, err := sl.AcceptTCP()
 	if err != nil {
@@ -134,14 +148,22 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 //
 // Stop waits for nobody, leaves accepted connections alone and does not close the
 // socket, on which the kernel keeps queueing clients. So wait for the accept loop to
-// return, with a [sync.WaitGroup] say; then for the connections, with
-// [net/http.Server.Shutdown] if they are HTTP; then Close the socket, or pass it to New
-// to serve it again. Whoever uses the bare listener again must first clear the
-// deadline that Stop leaves on it.
+// return, with a [sync.WaitGroup] say; then end the connections; then Close the socket,
+// which resets the clients still queued, or pass it to New to serve it again. To use the
+// bare listener l again instead, remove the deadline that Stop leaves there, with
+// l.SetDeadline(time.Time{}).
 //
-// Two things to know about net/http: Serve closes its listener as it returns, so to
-// keep the socket, pass Serve a wrapper with a Close that does nothing. And since Go
-// 1.25, Shutdown drops a connection whose first request it has not read yet.
+// With net/http, two things are to know. Serve closes its listener as it returns; to keep
+// the socket, pass it a wrapper whose Close calls Stop. (With one that does nothing,
+// Shutdown would wait for Serve for ever.) And Shutdown fails requests: it closes idle
+// connections even if a client is just sending, and since Go 1.25 those that were accepted
+// and not read yet (golang/go#75591). The file [example/drain.go] ends a server without.
+//
+// Stop ends what waits in this Accept, and not a listener around it that waits for
+// something else first, as a full netutil.LimitListener does. And on Plan 9, where
+// package net's accept knows no deadline, one that waits already takes one more client.
+//
+// [example/drain.go]: https://github.com/c2db162c/stoppablelistener/blob/main/example/drain.go
 func (sl *StoppableListener) Stop() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
