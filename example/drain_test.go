@@ -21,10 +21,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
-
-// patience is how long something that happens at once may take on a loaded machine.
-const patience = 10 * time.Second
 
 // A service is an http.Server with a drainer, serving.
 type service struct {
@@ -37,20 +35,18 @@ type service struct {
 
 // startService serves handler on l, with TLS if the configuration is not nil, and keeps l.
 func startService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
-	sl, err := stoppablelistener.New(l)
-	require.NoError(t, err)
 	s := &service{
 		Server: &http.Server{Handler: handler, TLSConfig: config},
-		sl:     sl,
+		sl:     tcptest.Wrap(t, l),
 		config: config,
 		served: make(chan error, 1),
 	}
 	s.drainer = newDrainer(s.Server)
 	go func() {
 		if config == nil {
-			s.served <- s.Serve(keepOpen{sl})
+			s.served <- s.Serve(keepOpen{s.sl})
 		} else {
-			s.served <- s.ServeTLS(keepOpen{sl}, "", "")
+			s.served <- s.ServeTLS(keepOpen{s.sl}, "", "")
 		}
 	}()
 	t.Cleanup(func() { s.Close() })
@@ -60,7 +56,7 @@ func startService(t testing.TB, l net.Listener, config *tls.Config, handler http
 // stop stops the listener and waits for Serve.
 func (s *service) stop(t testing.TB) {
 	s.sl.Stop()
-	assert.ErrorIs(t, receive(t, s.served), stoppablelistener.StoppedError)
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served))
 }
 
 // startDrain drains s, and returns when that has begun.
@@ -113,7 +109,7 @@ func dial(t testing.TB, addr string, config *tls.Config) *client {
 	conn, err := net.Dial("tcp", addr)
 	require.NoError(t, err)
 	t.Cleanup(func() { conn.Close() })
-	require.NoError(t, conn.SetDeadline(time.Now().Add(2*patience)))
+	require.NoError(t, conn.SetDeadline(time.Now().Add(2*tcptest.Patience)))
 	if config != nil {
 		secure := tls.Client(conn, config)
 		require.NoError(t, secure.Handshake())
@@ -192,9 +188,9 @@ func TestDrainAnswersWhatIsOnItsWay(t *testing.T) {
 	for name, config := range map[string]*tls.Config{"plain": nil, "TLS": serverTLS()} {
 		t.Run(name, func(t *testing.T) {
 			g := newGate(nothing, hello)
-			s := startService(t, listen(t), config, routes(map[string]http.Handler{"/": hello, "/gate": g}))
+			s := startService(t, tcptest.Listen(t), config, routes(map[string]http.Handler{"/": hello, "/gate": g}))
 			handled := s.get(t, "/gate")
-			receive(t, g.in)
+			tcptest.Receive(t, g.in)
 			idle := s.get(t, "/")
 			resp, _ := idle.answer(t)
 			assert.False(t, resp.Close)
@@ -215,16 +211,16 @@ func TestDrainAnswersWhatIsOnItsWay(t *testing.T) {
 			last := time.Now()
 			close(g.out)
 			handled.requireLastAnswer(t)
-			require.NoError(t, receive(t, drained))
+			require.NoError(t, tcptest.Receive(t, drained))
 			assert.Less(t, time.Since(last), grace, "there was nobody left to wait for")
 		})
 	}
 }
 
 func TestDrainOfNoConnectionReturnsAtOnce(t *testing.T) {
-	s := startService(t, listen(t), nil, hello)
+	s := startService(t, tcptest.Listen(t), nil, hello)
 	begin := time.Now()
-	require.NoError(t, receive(t, s.startDrain(t, context.Background())))
+	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
 	assert.Less(t, time.Since(begin), grace)
 }
 
@@ -233,10 +229,10 @@ func TestDrainOfNoConnectionReturnsAtOnce(t *testing.T) {
 func TestDrainLetsClientsGoOnThatWereToldSo(t *testing.T) {
 	t.Parallel()
 	g := newGate(flush, hello)
-	s := startService(t, listen(t), nil, routes(map[string]http.Handler{"/": hello, "/gate": g}))
+	s := startService(t, tcptest.Listen(t), nil, routes(map[string]http.Handler{"/": hello, "/gate": g}))
 	clients := []*client{s.get(t, "/gate"), s.get(t, "/gate")}
-	receive(t, g.in)
-	receive(t, g.in)
+	tcptest.Receive(t, g.in)
+	tcptest.Receive(t, g.in)
 	drained := s.startDrain(t, context.Background())
 	time.Sleep(2*grace + grace/10)
 	close(g.out)
@@ -248,7 +244,7 @@ func TestDrainLetsClientsGoOnThatWereToldSo(t *testing.T) {
 	clients[0].get(t, "/")
 	clients[0].requireLastAnswer(t)
 	clients[1].requireEnd(t)
-	require.NoError(t, receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained))
 }
 
 func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
@@ -270,15 +266,15 @@ func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newGate(nothing, handler)
-			s := startService(t, listen(t), nil, g)
+			s := startService(t, tcptest.Listen(t), nil, g)
 			c := s.get(t, "/")
-			receive(t, g.in)
+			tcptest.Receive(t, g.in)
 			drained := s.startDrain(t, context.Background())
 			close(g.out)
 			resp, _ := c.answer(t)
 			assert.True(t, resp.Close)
 			c.requireEnd(t)
-			require.NoError(t, receive(t, drained))
+			require.NoError(t, tcptest.Receive(t, drained))
 		})
 	}
 }
@@ -288,16 +284,16 @@ func TestInformationalAnswersDoNotSayThatTheConnectionEnds(t *testing.T) {
 		w.WriteHeader(http.StatusEarlyHints)
 		hello(w, r)
 	})
-	s := startService(t, listen(t), nil, g)
+	s := startService(t, tcptest.Listen(t), nil, g)
 	c := s.get(t, "/")
-	receive(t, g.in)
+	tcptest.Receive(t, g.in)
 	drained := s.startDrain(t, context.Background())
 	close(g.out)
 	resp, _ := c.answer(t)
 	assert.Equal(t, http.StatusEarlyHints, resp.StatusCode)
 	assert.False(t, resp.Close)
 	c.requireLastAnswer(t)
-	require.NoError(t, receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained))
 }
 
 // The end comes
@@ -306,7 +302,7 @@ func TestDrainClosesSilentConnectionsAfterTheGrace(t *testing.T) {
 	for name, config := range map[string]*tls.Config{"plain": nil, "TLS": serverTLS()} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := startService(t, listen(t), config, hello)
+			s := startService(t, tcptest.Listen(t), config, hello)
 			idle := s.get(t, "/")
 			idle.answer(t)
 			unread := s.dial(t)
@@ -315,7 +311,7 @@ func TestDrainClosesSilentConnectionsAfterTheGrace(t *testing.T) {
 			s.awaitConns(t, 2, http.StateNew)
 
 			begin := time.Now()
-			require.NoError(t, receive(t, s.startDrain(t, context.Background())))
+			require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
 			took := time.Since(begin)
 			assert.GreaterOrEqual(t, took, grace)
 			assert.Less(t, took, 5*time.Second, "Shutdown would wait so long")
@@ -327,19 +323,19 @@ func TestDrainClosesSilentConnectionsAfterTheGrace(t *testing.T) {
 
 func TestDrainCutsRequestsOff(t *testing.T) {
 	g := newGate(nothing, hello)
-	s := startService(t, listen(t), nil, g)
+	s := startService(t, tcptest.Listen(t), nil, g)
 	c := s.get(t, "/")
-	receive(t, g.in)
+	tcptest.Receive(t, g.in)
 	defer close(g.out)
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := s.startDrain(t, ctx)
 	cancel()
-	assert.ErrorIs(t, receive(t, drained), context.Canceled)
+	assert.ErrorIs(t, tcptest.Receive(t, drained), context.Canceled)
 	c.requireEnd(t)
 }
 
 func TestDrainCutsSilentConnectionsOffWithoutAnError(t *testing.T) {
-	s := startService(t, listen(t), nil, hello)
+	s := startService(t, tcptest.Listen(t), nil, hello)
 	idle, unread := s.get(t, "/"), s.dial(t)
 	idle.answer(t)
 	s.awaitConns(t, 1, http.StateIdle)
@@ -347,24 +343,24 @@ func TestDrainCutsSilentConnectionsOffWithoutAnError(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := s.startDrain(t, ctx)
 	cancel()
-	assert.NoError(t, receive(t, drained))
+	assert.NoError(t, tcptest.Receive(t, drained))
 	idle.requireEnd(t)
 	unread.requireEnd(t)
 }
 
 func TestDrainWaitsForNoHijackedConnection(t *testing.T) {
 	hijacked := make(chan net.Conn, 1)
-	s := startService(t, listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := w.(http.Hijacker).Hijack()
 		if assert.NoError(t, err) {
 			hijacked <- conn
 		}
 	}))
 	c := s.get(t, "/")
-	conn := receive(t, hijacked)
+	conn := tcptest.Receive(t, hijacked)
 	defer conn.Close()
 	begin := time.Now()
-	require.NoError(t, receive(t, s.startDrain(t, context.Background())))
+	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
 	assert.Less(t, time.Since(begin), grace)
 	_, err := io.WriteString(conn, "still here\n")
 	require.NoError(t, err)
@@ -376,14 +372,14 @@ func TestDrainWaitsForNoHijackedConnection(t *testing.T) {
 func TestDrainWaitsForNoHandlerThatPanics(t *testing.T) {
 	abort := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
 	begun := newGate(flush, abort)
-	s := startService(t, listen(t), nil, routes(map[string]http.Handler{"/": abort, "/gate": begun}))
+	s := startService(t, tcptest.Listen(t), nil, routes(map[string]http.Handler{"/": abort, "/gate": begun}))
 	s.get(t, "/").requireEnd(t)
 	s.get(t, "/gate")
-	receive(t, begun.in)
+	tcptest.Receive(t, begun.in)
 	drained := s.startDrain(t, context.Background())
 	begin := time.Now()
 	close(begun.out)
-	require.NoError(t, receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained))
 	assert.Less(t, time.Since(begin), grace)
 	assert.Zero(t, s.promised)
 }
@@ -397,7 +393,7 @@ func TestDrainEndsHTTP2Sessions(t *testing.T) {
 	config := serverTLS()
 	handled := newGate(nothing, hello)
 	begun := newGate(flush, hello)
-	s := startService(t, listen(t), config,
+	s := startService(t, tcptest.Listen(t), config,
 		routes(map[string]http.Handler{"/": hello, "/handled": handled, "/begun": begun}))
 	shutdown := make(chan struct{})
 	s.RegisterOnShutdown(func() { close(shutdown) })
@@ -409,17 +405,17 @@ func TestDrainEndsHTTP2Sessions(t *testing.T) {
 	answers := make(chan string, 2)
 	for path, g := range map[string]*gate{"/handled": handled, "/begun": begun} {
 		go func() { answers <- post(t, busy, url+path) }()
-		receive(t, g.in)
+		tcptest.Receive(t, g.in)
 	}
 
 	drained := s.startDrain(t, context.Background())
-	receive(t, shutdown)
+	tcptest.Receive(t, shutdown)
 	s.awaitConns(t, 0, http.StateIdle)
 	close(handled.out)
 	close(begun.out)
-	assert.Equal(t, "Hello", receive(t, answers))
-	assert.Equal(t, "Hello", receive(t, answers))
-	require.NoError(t, receive(t, drained))
+	assert.Equal(t, "Hello", tcptest.Receive(t, answers))
+	assert.Equal(t, "Hello", tcptest.Receive(t, answers))
+	require.NoError(t, tcptest.Receive(t, drained))
 }
 
 // What a service sees of it
@@ -428,12 +424,12 @@ func TestHandlersKeepTheirOptionalMethods(t *testing.T) {
 	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2.0": true} {
 		t.Run(name, func(t *testing.T) {
 			config := serverTLS()
-			s := startService(t, listen(t), config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				assert.Equal(t, name, r.Proto)
 				assert.Implements(t, (*http.Flusher)(nil), w)
 				assert.Implements(t, (*http.Hijacker)(nil), w)
 				assert.Implements(t, (*io.ReaderFrom)(nil), w)
-				assert.NoError(t, http.NewResponseController(w).SetWriteDeadline(time.Now().Add(patience)))
+				assert.NoError(t, http.NewResponseController(w).SetWriteDeadline(time.Now().Add(tcptest.Patience)))
 				if http2 {
 					_, _, err := w.(http.Hijacker).Hijack()
 					assert.ErrorIs(t, err, http.ErrNotSupported)
@@ -446,7 +442,7 @@ func TestHandlersKeepTheirOptionalMethods(t *testing.T) {
 }
 
 func TestNewDrainerKeepsWhatTheServerHas(t *testing.T) {
-	l := listen(t)
+	l := tcptest.Listen(t)
 	states := make(chan http.ConnState, 10)
 	server := &http.Server{ConnState: func(_ net.Conn, state http.ConnState) { states <- state }}
 	newDrainer(server)
@@ -457,7 +453,7 @@ func TestNewDrainerKeepsWhatTheServerHas(t *testing.T) {
 	resp, _ := c.answer(t)
 	assert.Equal(t, http.StatusNotFound, resp.StatusCode, "http.DefaultServeMux")
 	for _, state := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle} {
-		assert.Equal(t, state, receive(t, states))
+		assert.Equal(t, state, tcptest.Receive(t, states))
 	}
 }
 
@@ -519,16 +515,14 @@ func BenchmarkEnd(b *testing.B) {
 func endUnderLoad(t testing.TB, config *tls.Config, http2, keepAlive bool, ends int,
 	end func(*service, context.Context) error) (answered, failed int64) {
 	const clients, perServer = 8, 60
-	l := listen(t)
+	l := tcptest.Listen(t)
 	scheme := "http://"
 	if config != nil {
 		scheme = "https://"
 	}
-	load := startLoad(scheme+l.Addr().String(), clients, "", func() *http.Client {
+	load := startLoad(t, scheme+l.Addr().String(), clients, "", func() *http.Client {
 		return newClient(config, http2, keepAlive)
 	})
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
-	defer cancel()
 	var ending sync.WaitGroup
 	for n := range ends + 1 {
 		var handled atomic.Int64
@@ -539,7 +533,7 @@ func endUnderLoad(t testing.TB, config *tls.Config, http2, keepAlive bool, ends 
 			}
 			_, _ = io.Copy(w, r.Body)
 		}))
-		receive(t, enough)
+		tcptest.Receive(t, enough)
 		if n == ends { // the last one ends without clients
 			load.stop()
 		}
@@ -547,6 +541,8 @@ func endUnderLoad(t testing.TB, config *tls.Config, http2, keepAlive bool, ends 
 		ending.Add(1)
 		go func() {
 			defer ending.Done()
+			ctx, cancel := context.WithTimeout(context.Background(), 3*tcptest.Patience)
+			defer cancel()
 			assert.NoError(t, end(s, ctx))
 		}()
 	}
@@ -562,9 +558,11 @@ type load struct {
 }
 
 // startLoad has clients post to url, each one request after the other, on connections of
-// its own. Every answer is to be want or, if that is empty, what was posted.
-func startLoad(url string, clients int, want string, newClient func() *http.Client) *load {
+// its own, until stop is called or the test ends. Every answer is to be want or, if that is
+// empty, what was posted.
+func startLoad(t testing.TB, url string, clients int, want string, newClient func() *http.Client) *load {
 	ld := new(load)
+	t.Cleanup(ld.stop)
 	for i := range clients {
 		ld.posting.Add(1)
 		go func() {
@@ -626,7 +624,7 @@ func newClient(server *tls.Config, http2, keepAlive bool) *http.Client {
 		}
 		return conn, conn.(*net.TCPConn).SetLinger(0)
 	}
-	return &http.Client{Timeout: patience, Transport: &http.Transport{
+	return &http.Client{Timeout: tcptest.Patience, Transport: &http.Transport{
 		DialContext:       dial,
 		TLSClientConfig:   clientTLS(server),
 		ForceAttemptHTTP2: http2,
@@ -650,28 +648,8 @@ func post(t testing.TB, client *http.Client, url string) string {
 	return body
 }
 
-// listen returns a listener on a free port, closed when the test ends.
-func listen(t testing.TB) *net.TCPListener {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	return l.(*net.TCPListener)
-}
-
-// receive returns the next value from ch, and fails the test if it is long in coming.
-func receive[T any](t testing.TB, ch <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-ch:
-		return v
-	case <-time.After(patience):
-		require.FailNow(t, "still waiting", "after %v", patience)
-		panic("unreachable")
-	}
-}
-
 // await returns when condition holds.
 func await(t testing.TB, condition func() bool) {
 	t.Helper()
-	require.Eventually(t, condition, patience, time.Millisecond)
+	require.Eventually(t, condition, tcptest.Patience, time.Millisecond)
 }

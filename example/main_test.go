@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
 
 // controlEnv makes the test binary run the program instead of its tests. Its value is the
@@ -152,7 +153,7 @@ func (p *program) start(t testing.TB) {
 // awaitProcesses returns the processes that report at addr, as they begin to run, and kills
 // those that are left when the test ends.
 func awaitProcesses(t testing.TB) (processes <-chan process, addr string) {
-	l := listen(t)
+	l := tcptest.Listen(t)
 	ch := make(chan process, 100)
 	go func() {
 		for {
@@ -217,9 +218,9 @@ func (p *program) errors(t testing.TB) string {
 }
 
 // signal sends one of the program's processes its first signal, and returns when that waits
-// for the server.
+// for the server. Windows has no signals, which skips the test.
 func (p *program) signal(t testing.TB, to *os.Process, sig os.Signal) {
-	require.NoError(t, to.Signal(sig))
+	tcptest.RequireSupported(t, to.Signal(sig))
 	for _, line := range []string{"Got signal:" + sig.String(), "Stopping listener", "Waiting on server"} {
 		require.Equal(t, line, p.line())
 	}
@@ -238,7 +239,7 @@ func (p *program) status(t testing.TB) int {
 // tries another.
 func startServing(t testing.TB) (p *program, addr string) {
 	for range 10 {
-		l := listen(t)
+		l := tcptest.Listen(t)
 		addr = l.Addr().String()
 		require.NoError(t, l.Close())
 		p = start(t, "-addr", addr)
@@ -261,14 +262,7 @@ func hold(t testing.TB, addr string) *client {
 	return c
 }
 
-func skipWithoutSignals(t testing.TB) {
-	if runtime.GOOS == "windows" {
-		t.Skip("no way to send a signal")
-	}
-}
-
 func TestSignalEndsInOrder(t *testing.T) {
-	skipWithoutSignals(t)
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
 			p, addr := startServing(t)
@@ -302,7 +296,6 @@ func (p *program) requireOrder(t testing.TB, addr string, sig os.Signal) {
 }
 
 func TestRequestsAreCutOffInTheEnd(t *testing.T) {
-	skipWithoutSignals(t)
 	t.Setenv(timeoutEnv, "100ms")
 	p, addr := startServing(t)
 	slow := hold(t, addr)
@@ -313,7 +306,6 @@ func TestRequestsAreCutOffInTheEnd(t *testing.T) {
 }
 
 func TestSecondSignalEndsAtOnce(t *testing.T) {
-	skipWithoutSignals(t)
 	p, addr := startServing(t)
 	slow := hold(t, addr)
 	p.signal(t, p.Process, os.Interrupt)

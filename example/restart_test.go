@@ -15,6 +15,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
 
 // install puts a program at path: an executable file with that text.
@@ -34,14 +36,14 @@ func startInstalled(t testing.TB, version string) (p *program, first process, pa
 	path = filepath.Join(t.TempDir(), "program")
 	install(t, path, script(t, version))
 	p, addr = startInheriting(t, path)
-	first = receive(t, p.processes)
+	first = tcptest.Receive(t, p.processes)
 	require.Equal(t, version, first.version)
 	return p, first, path, addr
 }
 
 // startInheriting starts the program at path with a socket as descriptor 3.
 func startInheriting(t testing.TB, path string) (p *program, addr string) {
-	l := listen(t)
+	l := tcptest.Listen(t)
 	file, err := l.File()
 	require.NoError(t, err)
 	p = &program{Cmd: exec.Command(path, "-fd", "3")}
@@ -57,13 +59,13 @@ func startInheriting(t testing.TB, path string) (p *program, addr string) {
 func (p *program) restart(t testing.TB, old process) process {
 	p.signal(t, old.Process, syscall.SIGHUP)
 	require.Equal(t, "Serving HTTP", p.line())
-	return receive(t, p.processes)
+	return tcptest.Receive(t, p.processes)
 }
 
 // end ends the last of the program's processes.
 func (p *program) end(t testing.TB, last process) {
 	p.signal(t, last.Process, syscall.SIGTERM)
-	receive(t, last.ended)
+	tcptest.Receive(t, last.ended)
 	assert.Equal(t, "EOF", p.line(), "no process is left")
 }
 
@@ -97,10 +99,9 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (a
 	p, first, path, addr := startInstalled(t, version(0))
 	var loads []*load
 	for _, keepAlive := range []bool{true, false} {
-		load := startLoad("http://"+addr, 12, "Hello HTTP!", func() *http.Client {
+		load := startLoad(t, "http://"+addr, 12, "Hello HTTP!", func() *http.Client {
 			return newClient(nil, false, keepAlive)
 		})
-		t.Cleanup(load.stop)
 		loads = append(loads, load)
 	}
 	processes := []process{first}
@@ -114,7 +115,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (a
 		processes = append(processes, next)
 	}
 	for _, old := range processes[:restarts] {
-		receive(t, old.ended)
+		tcptest.Receive(t, old.ended)
 	}
 	assert.Zero(t, p.status(t))
 	for _, load := range loads {
@@ -133,8 +134,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (a
 func TestRestartThatFailsLosesNobody(t *testing.T) {
 	t.Setenv(timeoutEnv, "1s")
 	p, process, path, addr := startInstalled(t, "1")
-	load := startLoad("http://"+addr, 4, "Hello HTTP!", func() *http.Client { return newClient(nil, false, true) })
-	t.Cleanup(load.stop)
+	load := startLoad(t, "http://"+addr, 4, "Hello HTTP!", func() *http.Client { return newClient(nil, false, true) })
 	var want []string
 	for _, program := range []struct{ text, why string }{
 		{"#!/bin/sh\nexit 3\n", "has ended: exit status 3"},
@@ -152,7 +152,7 @@ func TestRestartThatFailsLosesNobody(t *testing.T) {
 		want = append(want, program.why)
 		await(t, func() bool { return strings.Count(p.errors(t), "\n") == len(want) })
 		if strings.Contains(program.text, hangs) {
-			receive(t, receive(t, p.processes).ended)
+			tcptest.Receive(t, tcptest.Receive(t, p.processes).ended)
 		}
 	}
 	for n, line := range strings.SplitAfter(p.errors(t), "\n")[:len(want)] {
@@ -173,9 +173,9 @@ func TestSignalEndsARestartThatHangs(t *testing.T) {
 	p, process, path, _ := startInstalled(t, "1")
 	install(t, path, script(t, hangs))
 	p.signal(t, process.Process, syscall.SIGHUP)
-	hanging := receive(t, p.processes)
+	hanging := tcptest.Receive(t, p.processes)
 	p.end(t, process)
-	receive(t, hanging.ended)
+	tcptest.Receive(t, hanging.ended)
 	assert.Zero(t, p.status(t))
 	assert.Contains(t, p.errors(t), "does not serve: context canceled\n")
 }
