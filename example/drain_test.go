@@ -247,6 +247,17 @@ func TestDrainLetsClientsGoOnThatWereToldSo(t *testing.T) {
 	require.NoError(t, tcptest.Receive(t, drained))
 }
 
+// askAndDrain has a client ask for what handler answers once the service is being drained.
+func askAndDrain(t *testing.T, handler http.HandlerFunc) (c *client, drained <-chan error) {
+	g := newGate(nothing, handler)
+	s := startService(t, tcptest.Listen(t), nil, g)
+	c = s.get(t, "/")
+	tcptest.Receive(t, g.in)
+	drained = s.startDrain(t, context.Background())
+	close(g.out)
+	return c, drained
+}
+
 func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
 	for name, handler := range map[string]http.HandlerFunc{
 		"nothing":     nothing,
@@ -265,12 +276,7 @@ func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			g := newGate(nothing, handler)
-			s := startService(t, tcptest.Listen(t), nil, g)
-			c := s.get(t, "/")
-			tcptest.Receive(t, g.in)
-			drained := s.startDrain(t, context.Background())
-			close(g.out)
+			c, drained := askAndDrain(t, handler)
 			resp, _ := c.answer(t)
 			assert.True(t, resp.Close)
 			c.requireEnd(t)
@@ -280,15 +286,10 @@ func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
 }
 
 func TestInformationalAnswersDoNotSayThatTheConnectionEnds(t *testing.T) {
-	g := newGate(nothing, func(w http.ResponseWriter, r *http.Request) {
+	c, drained := askAndDrain(t, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusEarlyHints)
 		hello(w, r)
 	})
-	s := startService(t, tcptest.Listen(t), nil, g)
-	c := s.get(t, "/")
-	tcptest.Receive(t, g.in)
-	drained := s.startDrain(t, context.Background())
-	close(g.out)
 	resp, _ := c.answer(t)
 	assert.Equal(t, http.StatusEarlyHints, resp.StatusCode)
 	assert.False(t, resp.Close)
@@ -525,12 +526,9 @@ func endUnderLoad(t testing.TB, config *tls.Config, http2, keepAlive bool, ends 
 	})
 	var ending sync.WaitGroup
 	for n := range ends + 1 {
-		var handled atomic.Int64
-		enough := make(chan struct{})
+		handled, enough := tcptest.Countdown(perServer)
 		s := startService(t, l, config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if handled.Add(1) == perServer {
-				close(enough)
-			}
+			handled()
 			_, _ = io.Copy(w, r.Body)
 		}))
 		tcptest.Receive(t, enough)

@@ -30,7 +30,7 @@ func TestSaturatedAcceptLoopsStopAndLoseNobody(t *testing.T) {
 	for range tcptest.Rounds(cycles) {
 		sl := tcptest.Wrap(t, l)
 		var stopped atomic.Bool
-		begin, busy := countdown(50)
+		begin, busy := tcptest.Countdown(50)
 		served := make(chan error, acceptors)
 		for range acceptors {
 			late := 0
@@ -81,8 +81,8 @@ func TestSocketIsHandedToAChildProcess(t *testing.T) {
 	for range 3 {
 		cmd, output := tcptest.ChildProcess(t, child)
 		l := tcptest.Listen(t)
-		byParent, parentServes := countdown(100)
-		byChild, childServes := countdown(100)
+		byParent, parentServes := tcptest.Countdown(100)
+		byChild, childServes := tcptest.Countdown(100)
 		stopLoad := load(t, l, 8, func(name string) {
 			if name == child {
 				byChild()
@@ -157,7 +157,7 @@ func TestNoDescriptorIsFree(t *testing.T) {
 		require.ErrorAs(t, err, &temporary)
 		require.True(t, temporary.Temporary())
 	}
-	fail, failing := countdown(1)
+	fail, failing := tcptest.Countdown(1)
 	ended := make(chan error, 1)
 	go func() {
 		for {
@@ -252,15 +252,4 @@ func serve(l net.Listener, name string, answered func()) error {
 		}
 		answered()
 	}
-}
-
-// countdown returns a channel that is closed when count is called for the n-th time.
-func countdown(n int64) (count func(), done <-chan struct{}) {
-	var counted atomic.Int64
-	ch := make(chan struct{})
-	return func() {
-		if counted.Add(1) == n {
-			close(ch)
-		}
-	}, ch
 }

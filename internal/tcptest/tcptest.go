@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -162,6 +163,17 @@ func Receive[T any](t testing.TB, ch <-chan T) T {
 	}
 }
 
+// Countdown returns a channel that is closed when count is called for the n-th time.
+func Countdown(n int64) (count func(), done <-chan struct{}) {
+	var counted atomic.Int64
+	ch := make(chan struct{})
+	return func() {
+		if counted.Add(1) == n {
+			close(ch)
+		}
+	}, ch
+}
+
 // RequireClient takes an Accept's result, which must be client's connection.
 func RequireClient(t testing.TB, client net.Conn, results <-chan Accepted) {
 	t.Helper()
@@ -186,16 +198,6 @@ func RequireStoppedError(t testing.TB, err error) {
 }
 
 // What a system has
-
-// RequireSupported wants no error, and skips the test if err says that the system lacks
-// what it asked for.
-func RequireSupported(t testing.TB, err error) {
-	t.Helper()
-	if errors.Is(err, errors.ErrUnsupported) {
-		t.Skip(err)
-	}
-	require.NoError(t, err)
-}
 
 // RequireInheritance skips the test where no child process can inherit a socket.
 func RequireInheritance(t testing.TB) {
