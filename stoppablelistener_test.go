@@ -1,5 +1,5 @@
-// The tests of this file are the promises of the doc comments, in their order. Load, faults
-// and random histories are in folders of internal, and so are the benchmarks.
+// The tests of this file check the promises of the doc comments, in their order. Load, faults
+// and random histories are in directories of internal, and so are the benchmarks.
 package stoppablelistener_test
 
 import (
@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -30,9 +29,9 @@ var none = time.Time{} // no deadline
 
 // StoppedError
 
-func TestStoppedErrorIsAClosedListenerButNotTheReverse(t *testing.T) {
+func TestStoppedErrorIsErrClosedButNotTheReverse(t *testing.T) {
 	assert.ErrorIs(t, stoppablelistener.StoppedError, net.ErrClosed)
-	assert.True(t, strings.HasSuffix(stoppablelistener.StoppedError.Error(), net.ErrClosed.Error()))
+	assert.Regexp(t, net.ErrClosed.Error()+"$", stoppablelistener.StoppedError.Error())
 	assert.NotErrorIs(t, net.ErrClosed, stoppablelistener.StoppedError)
 	assert.NotErrorIs(t, &net.OpError{Op: "accept", Err: net.ErrClosed}, stoppablelistener.StoppedError)
 	assert.ErrorIs(t, fmt.Errorf("serve: %w", stoppablelistener.StoppedError), stoppablelistener.StoppedError)
@@ -40,21 +39,21 @@ func TestStoppedErrorIsAClosedListenerButNotTheReverse(t *testing.T) {
 
 func TestStoppedErrorIsNeitherTemporaryNorATimeout(t *testing.T) {
 	assert.NotErrorIs(t, stoppablelistener.StoppedError, os.ErrDeadlineExceeded)
-	assert.False(t, os.IsTimeout(stoppablelistener.StoppedError))
+	assert.False(t, os.IsTimeout(stoppablelistener.StoppedError), "StoppedError is a timeout")
 	var temporary interface{ Temporary() bool }
 	if errors.As(stoppablelistener.StoppedError, &temporary) {
-		assert.False(t, temporary.Temporary())
+		assert.False(t, temporary.Temporary(), "StoppedError is temporary")
 	}
 	var timeout interface{ Timeout() bool }
 	if errors.As(stoppablelistener.StoppedError, &timeout) {
-		assert.False(t, timeout.Timeout())
+		assert.False(t, timeout.Timeout(), "StoppedError is a timeout")
 	}
 }
 
 // StoppableListener
 
-// Random histories do this at length; here it is for the race detector.
-func TestMethodsMayBeCalledFromAnyNumberOfGoroutines(t *testing.T) {
+// This is for the race detector; random histories do it at length.
+func TestMethodsInvokedSimultaneously(t *testing.T) {
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
 	waiting := tcptest.AcceptMany(sl, 10)
 	var calling sync.WaitGroup
@@ -77,7 +76,7 @@ func TestMethodsMayBeCalledFromAnyNumberOfGoroutines(t *testing.T) {
 
 // New
 
-func TestNewTakesWhateverPackageNetListensWith(t *testing.T) {
+func TestNewWrapsEachTCPListenerOfPackageNet(t *testing.T) {
 	loopback := net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
 	for name, listen := range map[string]func(*testing.T) (net.Listener, error){
 		"Listen":    func(*testing.T) (net.Listener, error) { return net.Listen("tcp", loopback.String()) },
@@ -88,7 +87,7 @@ func TestNewTakesWhateverPackageNetListensWith(t *testing.T) {
 		"FileListener": func(t *testing.T) (net.Listener, error) {
 			file, err := tcptest.Listen(t).File()
 			if err != nil {
-				t.Skip("a socket is no file here: ", err)
+				t.Skip("sockets are not files here: ", err)
 			}
 			defer file.Close()
 			return net.FileListener(file)
@@ -129,22 +128,22 @@ func TestNewRejects(t *testing.T) {
 			sl, err := stoppablelistener.New(tt.l)
 			require.Error(t, err)
 			assert.Nil(t, sl)
-			assert.True(t, strings.HasPrefix(err.Error(), "stoppablelistener: "), err)
+			assert.Regexp(t, "^stoppablelistener: ", err.Error())
 			assert.Contains(t, err.Error(), tt.message)
-			assert.Equal(t, tt.name == "closed", errors.Is(err, net.ErrClosed))
+			assert.Equal(t, tt.name == "closed", errors.Is(err, net.ErrClosed), "the error is net.ErrClosed")
 		})
 	}
 }
 
-func TestNewTakesOverTheDeadline(t *testing.T) {
+func TestNewClearsTheDeadline(t *testing.T) {
 	l := tcptest.Listen(t)
 	require.NoError(t, l.SetDeadline(tcptest.Past))
 	accepted := tcptest.Accept(tcptest.Wrap(t, l))
 	tcptest.RequireClient(t, tcptest.Dial(t, l), accepted)
 }
 
-// Starting a child process puts the socket into blocking mode, even where it fails.
-func TestNewTakesOverTheBlockingMode(t *testing.T) {
+// Starting a child process with the plain listener's File sets blocking mode, even if it fails.
+func TestNewSetsNonblockingMode(t *testing.T) {
 	const child = "child"
 	if tcptest.ChildRole() == child {
 		return
@@ -152,10 +151,10 @@ func TestNewTakesOverTheBlockingMode(t *testing.T) {
 	tcptest.RequireInheritance(t)
 	for name, start := range map[string]func(*testing.T, *os.File){
 		"cannot be started": func(t *testing.T, file *os.File) {
-			cmd := exec.Cmd{Path: t.TempDir(), ExtraFiles: []*os.File{file}} // a folder
+			cmd := exec.Cmd{Path: t.TempDir(), ExtraFiles: []*os.File{file}} // a directory
 			require.Error(t, cmd.Start())
 		},
-		"ends at once": func(t *testing.T, file *os.File) {
+		"exits at once": func(t *testing.T, file *os.File) {
 			cmd, output := tcptest.ChildProcess(t, child)
 			cmd.ExtraFiles = []*os.File{file}
 			require.NoError(t, cmd.Run(), output)
@@ -163,7 +162,7 @@ func TestNewTakesOverTheBlockingMode(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := tcptest.Listen(t)
-			t.Cleanup(func() { tcptest.Dial(t, l) }) // Close would wait for a deaf Accept
+			t.Cleanup(func() { tcptest.Dial(t, l) }) // Close would wait for an Accept in blocking mode
 			tcptest.Wrap(t, l).Stop()
 			file, err := l.File()
 			require.NoError(t, err)
@@ -179,10 +178,10 @@ func TestNewTakesOverTheBlockingMode(t *testing.T) {
 	}
 }
 
-func TestNewServesAStoppedSocketAgainAndAgain(t *testing.T) {
+func TestNewWrapsAStoppedSocketAnyNumberOfTimes(t *testing.T) {
 	l := tcptest.Listen(t)
 	for range 3 {
-		client := tcptest.Dial(t, l) // the kernel queues it while nobody serves
+		client := tcptest.Dial(t, l) // pending
 		sl := tcptest.Wrap(t, l)
 		tcptest.RequireClient(t, client, tcptest.Accept(sl))
 		waiting := tcptest.Accept(sl)
@@ -197,7 +196,7 @@ func TestNewStartsNoGoroutine(t *testing.T) {
 	for range 100 {
 		tcptest.Wrap(t, l)
 	}
-	assert.LessOrEqual(t, runtime.NumGoroutine(), before)
+	assert.LessOrEqual(t, runtime.NumGoroutine(), before, "goroutines after New")
 }
 
 // Accept and AcceptTCP
@@ -207,7 +206,7 @@ func TestAcceptErrorComesWithANilInterface(t *testing.T) {
 	sl.Stop()
 	conn, err := sl.Accept()
 	assert.Error(t, err)
-	assert.True(t, conn == nil, "a nil pointer in a non-nil interface")
+	assert.True(t, conn == nil, "the connection is a nil pointer in a non-nil interface: %T", conn)
 }
 
 func TestAcceptReturnsThePlainTCPConn(t *testing.T) {
@@ -227,7 +226,7 @@ func TestAcceptReturnsThePlainTCPConn(t *testing.T) {
 	assert.Equal(t, client.LocalAddr().String(), tcp.RemoteAddr().String())
 }
 
-func TestAcceptWaitsOnWhenAPollEnds(t *testing.T) {
+func TestAcceptKeepsWaitingWhenAPollEnds(t *testing.T) {
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	accepted := tcptest.Accept(sl)
@@ -237,7 +236,7 @@ func TestAcceptWaitsOnWhenAPollEnds(t *testing.T) {
 	}
 	tcptest.RequireClient(t, tcptest.Dial(t, l), accepted)
 
-	// A poll that ended while nobody was in Accept, and with a client queued.
+	// The poll ends while no goroutine is in Accept and a client is pending.
 	require.NoError(t, l.SetDeadline(tcptest.Past))
 	tcptest.RequireClient(t, tcptest.Dial(t, l), tcptest.Accept(sl))
 }
@@ -250,7 +249,8 @@ func TestAcceptDoesNotMoveTheDeadlineForAConnection(t *testing.T) {
 	conn, err := sl.Accept()
 	require.NoError(t, err)
 	conn.Close()
-	got := tcptest.Receive(t, tcptest.Accept(l)) // the bare listener shows when its deadline is
+	// The plain listener's Accept returns at its deadline.
+	got := tcptest.Receive(t, tcptest.Accept(l), "end of the poll, which Accept has postponed")
 	assert.ErrorIs(t, got.Err, os.ErrDeadlineExceeded)
 }
 
@@ -274,8 +274,8 @@ func TestAcceptAfterStopNeverReturnsAConnection(t *testing.T) {
 	}
 }
 
-// The next wrapper's deadline is not a past one, and says nothing to the stopped wrapper.
-func TestAcceptAfterStopLeavesTheClientsToTheNextWrapper(t *testing.T) {
+// The next wrapper has moved the deadline, so only the stop channel can interrupt Accept.
+func TestAcceptAfterStopLeavesPendingConnectionsToTheNextWrapper(t *testing.T) {
 	l := tcptest.Listen(t)
 	stopped := tcptest.Wrap(t, l)
 	stopped.Stop()
@@ -286,7 +286,7 @@ func TestAcceptAfterStopLeavesTheClientsToTheNextWrapper(t *testing.T) {
 }
 
 func TestAcceptAllocatesNoMoreThanPackageNet(t *testing.T) {
-	bare, l := tcptest.Listen(t), tcptest.Listen(t)
+	plain, l := tcptest.Listen(t), tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	allocs := func(l net.Listener) float64 {
 		return testing.AllocsPerRun(100, func() {
@@ -297,11 +297,13 @@ func TestAcceptAllocatesNoMoreThanPackageNet(t *testing.T) {
 			client.Close()
 		})
 	}
-	// Whatever else allocates in the process meanwhile can add to either count.
-	assert.Eventually(t, func() bool { return allocs(sl) <= allocs(bare) }, tcptest.Patience, time.Millisecond)
+	// Other goroutines of the process can add to either count.
+	tcptest.Await(t, "as few allocations per Accept as those of package net", func() bool {
+		return allocs(sl) <= allocs(plain)
+	})
 }
 
-func TestCloseWithoutStopIsPackageNetsError(t *testing.T) {
+func TestAcceptAfterCloseReturnsTheErrorOfPackageNet(t *testing.T) {
 	for name, acceptor := range map[string]func(*stoppablelistener.StoppableListener) error{
 		"Accept":    func(sl *stoppablelistener.StoppableListener) error { _, err := sl.Accept(); return err },
 		"AcceptTCP": func(sl *stoppablelistener.StoppableListener) error { _, err := sl.AcceptTCP(); return err },
@@ -312,16 +314,16 @@ func TestCloseWithoutStopIsPackageNetsError(t *testing.T) {
 			go func() { waiting <- acceptor(sl) }()
 			tcptest.AwaitAcceptors(t, 1)
 			require.NoError(t, sl.Close())
-			for _, err := range []error{tcptest.Receive(t, waiting), acceptor(sl)} {
+			for _, err := range []error{tcptest.Receive(t, waiting, "return of Accept after Close"), acceptor(sl)} {
 				requireNetClosed(t, err)
 			}
 		})
 	}
 }
 
-// The listener is closed between the end of a poll and the begin of the next: here, since
-// no test can meet that moment, by another listener in its place.
-func TestCloseAtTheEndOfAPollIsPackageNetsError(t *testing.T) {
+// The listener is closed between two polls. No test can close it at that very moment, so here
+// another listener takes its place, which is closed.
+func TestAcceptOfAListenerClosedBetweenPollsReturnsTheErrorOfPackageNet(t *testing.T) {
 	l, closed := tcptest.Listen(t), tcptest.Listen(t)
 	require.NoError(t, closed.Close())
 	sl := tcptest.Wrap(t, l)
@@ -330,33 +332,33 @@ func TestCloseAtTheEndOfAPollIsPackageNetsError(t *testing.T) {
 	require.NoError(t, l.SetDeadline(none)) // for the race detector: the Accept has read the field
 	sl.TCPListener = closed
 	require.NoError(t, l.SetDeadline(tcptest.Past))
-	requireNetClosed(t, tcptest.Receive(t, accepted).Err)
+	requireNetClosed(t, tcptest.Receive(t, accepted, "return of Accept").Err)
 }
 
 // SetDeadline
 
-func TestSetDeadlineIsPackageNets(t *testing.T) {
+func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {
 	const (
-		gone  = -time.Hour
+		past  = -time.Hour
 		clear = 0
 		near  = 50 * time.Millisecond
 		far   = time.Hour // polls end before it
 	)
 	for _, tt := range []struct {
 		name          string
-		before, while []time.Duration // before and while Accept waits
+		before, while []time.Duration // before Accept is called, and while it is blocked
 		timeout       bool
 	}{
-		{"past", []time.Duration{gone}, nil, true},
+		{"past", []time.Duration{past}, nil, true},
 		{"near", []time.Duration{near}, nil, true},
 		{"far", []time.Duration{far}, nil, false},
-		{"cleared", []time.Duration{gone, clear}, nil, false},
-		{"past while waiting", nil, []time.Duration{gone}, true},
-		{"near while waiting", nil, []time.Duration{near}, true},
-		{"far while waiting", nil, []time.Duration{far}, false},
+		{"cleared", []time.Duration{past, clear}, nil, false},
+		{"past while blocked", nil, []time.Duration{past}, true},
+		{"near while blocked", nil, []time.Duration{near}, true},
+		{"far while blocked", nil, []time.Duration{far}, false},
 		{"moved earlier", []time.Duration{far}, []time.Duration{near}, true},
 		{"moved later", []time.Duration{near}, []time.Duration{far}, false},
-		{"cleared while waiting", []time.Duration{near}, []time.Duration{clear}, false},
+		{"cleared while blocked", []time.Duration{near}, []time.Duration{clear}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l := tcptest.Listen(t)
@@ -382,37 +384,37 @@ func TestSetDeadlineIsPackageNets(t *testing.T) {
 
 			if tt.timeout {
 				for range 2 {
-					requireTimeout(t, tcptest.Receive(t, accepted).Err)
-					assert.False(t, time.Now().Before(deadline), "too early")
+					requireTimeout(t, tcptest.Receive(t, accepted, "return of Accept at the deadline").Err)
+					assert.False(t, time.Now().Before(deadline), "Accept has returned before the deadline")
 					accepted = tcptest.Accept(sl)
 				}
-				requireTimeout(t, tcptest.Receive(t, accepted).Err)
+				requireTimeout(t, tcptest.Receive(t, accepted, "return of Accept after the deadline").Err)
 				set(clear)
 				accepted = tcptest.Accept(sl)
 			} else {
-				letPass(t, near)
+				awaitDeadline(t, near)
 			}
 			tcptest.RequireClient(t, tcptest.Dial(t, l), accepted)
 		})
 	}
 }
 
-func TestSetDeadlineEndsEveryAccept(t *testing.T) {
+func TestSetDeadlineInterruptsEachBlockedAccept(t *testing.T) {
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
 	waiting := tcptest.AcceptMany(sl, 100)
 	tcptest.AwaitAcceptors(t, 100)
 	require.NoError(t, sl.SetDeadline(time.Now()))
 	for range 100 {
-		requireTimeout(t, tcptest.Receive(t, waiting).Err)
+		requireTimeout(t, tcptest.Receive(t, waiting, "return of Accept at the deadline").Err)
 	}
 }
 
-func TestSetDeadlineAfterStopTouchesNothing(t *testing.T) {
+func TestSetDeadlineAfterStopChangesNothing(t *testing.T) {
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	sl.Stop()
 	require.NoError(t, l.SetDeadline(none))
-	waiting := tcptest.Accept(l) // the next owner's
+	waiting := tcptest.Accept(l) // by the next user of the socket
 	tcptest.AwaitAcceptors(t, 1)
 	for _, deadline := range []time.Time{tcptest.Past, time.Now().Add(time.Hour), none} {
 		tcptest.RequireStoppedError(t, sl.SetDeadline(deadline))
@@ -421,8 +423,8 @@ func TestSetDeadlineAfterStopTouchesNothing(t *testing.T) {
 	tcptest.RequireClient(t, tcptest.Dial(t, l), waiting)
 }
 
-// The goroutines that Stop has woken may not have run before SetDeadline is called.
-func TestSetDeadlineAfterStopHoldsNobodyBack(t *testing.T) {
+// The goroutines that Stop interrupts may not have returned yet when SetDeadline is called.
+func TestSetDeadlineAfterStopDoesNotDelayAccept(t *testing.T) {
 	for range 300 {
 		sl := tcptest.Wrap(t, tcptest.Listen(t))
 		waiting := tcptest.AcceptMany(sl, 3)
@@ -433,7 +435,7 @@ func TestSetDeadlineAfterStopHoldsNobodyBack(t *testing.T) {
 	}
 }
 
-func TestSetDeadlineOnAClosedListenerIsPackageNetsError(t *testing.T) {
+func TestSetDeadlineOnAClosedListenerReturnsTheErrorOfPackageNet(t *testing.T) {
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
 	require.NoError(t, sl.Close())
 	want := sl.TCPListener.SetDeadline(none)
@@ -445,7 +447,7 @@ func TestSetDeadlineOnAClosedListenerIsPackageNetsError(t *testing.T) {
 
 // Stop
 
-func TestStopEndsEveryAcceptAtOnce(t *testing.T) {
+func TestStopInterruptsEachBlockedAccept(t *testing.T) {
 	for _, n := range []int{1, 100} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			sl := tcptest.Wrap(t, tcptest.Listen(t))
@@ -457,28 +459,28 @@ func TestStopEndsEveryAcceptAtOnce(t *testing.T) {
 	}
 }
 
-// It takes some microseconds. The median tells a slow Stop from a busy machine.
+// Stop takes some microseconds. The median is not affected by a pause of the machine.
 func TestStopIsFast(t *testing.T) {
 	took := make([]time.Duration, 21)
 	for i := range took {
 		sl := tcptest.Wrap(t, tcptest.Listen(t))
 		waiting := tcptest.Accept(sl)
 		tcptest.AwaitAcceptors(t, 1)
-		begin := time.Now()
+		start := time.Now()
 		sl.Stop()
 		tcptest.RequireStopped(t, waiting, 1)
-		took[i] = time.Since(begin)
+		took[i] = time.Since(start)
 	}
 	slices.Sort(took)
-	assert.Less(t, took[len(took)/2], 100*time.Millisecond, "%v", took)
+	assert.Less(t, took[len(took)/2], 100*time.Millisecond, "median of the times to stop: %v", took)
 }
 
-// One acceptor is about to begin its next poll when Stop is called; the others must not
-// have to wait for that poll to end. Polls end without pause until then, so that there
-// is such an acceptor in some of the rounds.
+// One goroutine is about to start its next poll when Stop is called, and the others must not
+// stay blocked until that poll ends. Polls end without pause until then, so that there is
+// such a goroutine in some of the rounds.
 func TestStopIsNotUndoneByAPoll(t *testing.T) {
 	stopAfter(t, func(l *net.TCPListener, _ *stoppablelistener.StoppableListener) {
-		for begin := time.Now(); time.Since(begin) < 100*time.Microsecond; {
+		for start := time.Now(); time.Since(start) < 100*time.Microsecond; {
 			assert.NoError(t, l.SetDeadline(tcptest.Past))
 		}
 	})
@@ -490,7 +492,7 @@ func TestStopIsNotUndoneBySetDeadline(t *testing.T) {
 	})
 }
 
-// stopAfter has acceptors wait, calls disturb and stops them, in many rounds.
+// stopAfter blocks goroutines in Accept, calls disturb, and stops them, in many rounds.
 func stopAfter(t *testing.T, disturb func(*net.TCPListener, *stoppablelistener.StoppableListener)) {
 	const acceptors = 4
 	for range tcptest.Rounds(2000) {
@@ -529,7 +531,7 @@ func TestStopBeforeTheFirstAccept(t *testing.T) {
 
 func TestStopBeforeAndAfterClose(t *testing.T) {
 	t.Run("before", func(t *testing.T) {
-		for range 300 { // the acceptor that Stop woke may run before Close or after
+		for range 300 { // the goroutines that Stop interrupts may return before Close or after
 			sl := tcptest.Wrap(t, tcptest.Listen(t))
 			waiting := tcptest.AcceptMany(sl, 2)
 			tcptest.AwaitAcceptors(t, 2)
@@ -564,7 +566,7 @@ func TestStopFromTheAcceptLoopItself(t *testing.T) {
 			sl.Stop()
 		}
 	}()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, loop))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, loop, "return of the accept loop"))
 }
 
 func TestStopFromAHandler(t *testing.T) {
@@ -577,11 +579,11 @@ func TestStopFromAHandler(t *testing.T) {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(sl) }()
 	assert.Equal(t, "stopped", tcptest.Get(t, http.DefaultClient, l))
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, served))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve"))
 	require.NoError(t, server.Shutdown(context.Background()))
 }
 
-func TestStopLeavesAcceptedConnectionsAlone(t *testing.T) {
+func TestStopDoesNotCloseConnections(t *testing.T) {
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	client := tcptest.Dial(t, l)
@@ -589,19 +591,19 @@ func TestStopLeavesAcceptedConnectionsAlone(t *testing.T) {
 	require.NoError(t, err)
 	defer conn.Close()
 	sl.Stop()
-	_, err = conn.Write([]byte("still here"))
+	_, err = conn.Write([]byte("still open"))
 	require.NoError(t, err)
-	got := make([]byte, len("still here"))
+	got := make([]byte, len("still open"))
 	_, err = io.ReadFull(client, got)
 	require.NoError(t, err)
-	assert.Equal(t, "still here", string(got))
+	assert.Equal(t, "still open", string(got))
 }
 
-func TestStopLeavesTheSocketToItsOwner(t *testing.T) {
+func TestStopDoesNotCloseTheSocket(t *testing.T) {
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	sl.Stop()
-	client := tcptest.Dial(t, l) // the kernel still queues clients
+	client := tcptest.Dial(t, l) // the kernel still adds connections to the accept queue
 
 	require.NoError(t, l.SetDeadline(none))
 	sl.Stop() // neither moves the deadline again, nor closes the socket
@@ -610,20 +612,20 @@ func TestStopLeavesTheSocketToItsOwner(t *testing.T) {
 }
 
 // Shutdown and Close of the server close its listener, and wait for Serve to return.
-func TestHTTPServerEndsWhileItServesAWrapperWhoseCloseStops(t *testing.T) {
-	for name, end := range map[string]func(*http.Server) error{
+func TestHTTPServerShutsDownWithAWrapperWhoseCloseCallsStop(t *testing.T) {
+	for name, shutdown := range map[string]func(*http.Server) error{
 		"Shutdown": func(s *http.Server) error { return s.Shutdown(context.Background()) },
 		"Close":    (*http.Server).Close,
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := tcptest.Listen(t)
 			server := http.Server{Handler: http.NotFoundHandler()}
-			served, ended := make(chan error, 1), make(chan error, 1)
+			served, closed := make(chan error, 1), make(chan error, 1)
 			go func() { served <- server.Serve(keepOpen{tcptest.Wrap(t, l)}) }()
 			tcptest.Get(t, http.DefaultClient, l)
-			go func() { ended <- end(&server) }()
-			assert.NoError(t, tcptest.Receive(t, ended))
-			assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, served))
+			go func() { closed <- shutdown(&server) }()
+			assert.NoError(t, tcptest.Receive(t, closed, "return of "+name))
+			assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, served, "return of Serve"))
 			tcptest.RequireClient(t, tcptest.Dial(t, l), tcptest.Accept(tcptest.Wrap(t, l)))
 		})
 	}
@@ -631,7 +633,7 @@ func TestHTTPServerEndsWhileItServesAWrapperWhoseCloseStops(t *testing.T) {
 
 // Helpers
 
-// requireNetClosed wants what package net's Accept says of a closed listener.
+// requireNetClosed requires the error that package net's Accept returns for a closed listener.
 func requireNetClosed(t testing.TB, err error) {
 	t.Helper()
 	var opErr *net.OpError
@@ -646,11 +648,11 @@ func requireTimeout(t testing.TB, err error) {
 	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 	var netErr net.Error
 	require.ErrorAs(t, err, &netErr)
-	require.True(t, netErr.Timeout())
+	require.True(t, netErr.Timeout(), "the error is not a timeout: %v", err)
 }
 
-// letPass returns when a deadline that lies d ahead has ended an Accept elsewhere.
-func letPass(t testing.TB, d time.Duration) {
+// awaitDeadline returns when a deadline d from now has interrupted the Accept of another listener.
+func awaitDeadline(t testing.TB, d time.Duration) {
 	l := tcptest.Listen(t)
 	require.NoError(t, l.SetDeadline(time.Now().Add(d)))
 	_, err := l.Accept()

@@ -56,7 +56,7 @@ func startService(t testing.TB, l net.Listener, config *tls.Config, handler http
 // stop stops the listener and waits for Serve.
 func (s *service) stop(t testing.TB) {
 	s.sl.Stop()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served, "return of Serve"))
 }
 
 // startDrain drains s, and returns when that has begun.
@@ -190,7 +190,7 @@ func TestDrainAnswersWhatIsOnItsWay(t *testing.T) {
 			g := newGate(nothing, hello)
 			s := startService(t, tcptest.Listen(t), config, routes(map[string]http.Handler{"/": hello, "/gate": g}))
 			handled := s.get(t, "/gate")
-			tcptest.Receive(t, g.in)
+			tcptest.Receive(t, g.in, "call of the handler")
 			idle := s.get(t, "/")
 			resp, _ := idle.answer(t)
 			assert.False(t, resp.Close)
@@ -211,7 +211,7 @@ func TestDrainAnswersWhatIsOnItsWay(t *testing.T) {
 			last := time.Now()
 			close(g.out)
 			handled.requireLastAnswer(t)
-			require.NoError(t, tcptest.Receive(t, drained))
+			require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 			assert.Less(t, time.Since(last), grace, "there was nobody left to wait for")
 		})
 	}
@@ -220,7 +220,7 @@ func TestDrainAnswersWhatIsOnItsWay(t *testing.T) {
 func TestDrainOfNoConnectionReturnsAtOnce(t *testing.T) {
 	s := startService(t, tcptest.Listen(t), nil, hello)
 	begin := time.Now()
-	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
+	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background()), "return of drain"))
 	assert.Less(t, time.Since(begin), grace)
 }
 
@@ -231,8 +231,8 @@ func TestDrainLetsClientsGoOnThatWereToldSo(t *testing.T) {
 	g := newGate(flush, hello)
 	s := startService(t, tcptest.Listen(t), nil, routes(map[string]http.Handler{"/": hello, "/gate": g}))
 	clients := []*client{s.get(t, "/gate"), s.get(t, "/gate")}
-	tcptest.Receive(t, g.in)
-	tcptest.Receive(t, g.in)
+	tcptest.Receive(t, g.in, "call of the handler")
+	tcptest.Receive(t, g.in, "call of the handler")
 	drained := s.startDrain(t, context.Background())
 	time.Sleep(2*grace + grace/10)
 	close(g.out)
@@ -244,7 +244,7 @@ func TestDrainLetsClientsGoOnThatWereToldSo(t *testing.T) {
 	clients[0].get(t, "/")
 	clients[0].requireLastAnswer(t)
 	clients[1].requireEnd(t)
-	require.NoError(t, tcptest.Receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 }
 
 // askAndDrain has a client ask for what handler answers once the service is being drained.
@@ -252,7 +252,7 @@ func askAndDrain(t *testing.T, handler http.HandlerFunc) (c *client, drained <-c
 	g := newGate(nothing, handler)
 	s := startService(t, tcptest.Listen(t), nil, g)
 	c = s.get(t, "/")
-	tcptest.Receive(t, g.in)
+	tcptest.Receive(t, g.in, "call of the handler")
 	drained = s.startDrain(t, context.Background())
 	close(g.out)
 	return c, drained
@@ -280,7 +280,7 @@ func TestAnswersSayThatTheConnectionEnds(t *testing.T) {
 			resp, _ := c.answer(t)
 			assert.True(t, resp.Close)
 			c.requireEnd(t)
-			require.NoError(t, tcptest.Receive(t, drained))
+			require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 		})
 	}
 }
@@ -294,7 +294,7 @@ func TestInformationalAnswersDoNotSayThatTheConnectionEnds(t *testing.T) {
 	assert.Equal(t, http.StatusEarlyHints, resp.StatusCode)
 	assert.False(t, resp.Close)
 	c.requireLastAnswer(t)
-	require.NoError(t, tcptest.Receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 }
 
 // The end comes
@@ -312,7 +312,7 @@ func TestDrainClosesSilentConnectionsAfterTheGrace(t *testing.T) {
 			s.awaitConns(t, 2, http.StateNew)
 
 			begin := time.Now()
-			require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
+			require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background()), "return of drain"))
 			took := time.Since(begin)
 			assert.GreaterOrEqual(t, took, grace)
 			assert.Less(t, took, 5*time.Second, "Shutdown would wait so long")
@@ -326,12 +326,12 @@ func TestDrainCutsRequestsOff(t *testing.T) {
 	g := newGate(nothing, hello)
 	s := startService(t, tcptest.Listen(t), nil, g)
 	c := s.get(t, "/")
-	tcptest.Receive(t, g.in)
+	tcptest.Receive(t, g.in, "call of the handler")
 	defer close(g.out)
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := s.startDrain(t, ctx)
 	cancel()
-	assert.ErrorIs(t, tcptest.Receive(t, drained), context.Canceled)
+	assert.ErrorIs(t, tcptest.Receive(t, drained, "return of drain"), context.Canceled)
 	c.requireEnd(t)
 }
 
@@ -344,7 +344,7 @@ func TestDrainCutsSilentConnectionsOffWithoutAnError(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	drained := s.startDrain(t, ctx)
 	cancel()
-	assert.NoError(t, tcptest.Receive(t, drained))
+	assert.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 	idle.requireEnd(t)
 	unread.requireEnd(t)
 }
@@ -358,10 +358,10 @@ func TestDrainWaitsForNoHijackedConnection(t *testing.T) {
 		}
 	}))
 	c := s.get(t, "/")
-	conn := tcptest.Receive(t, hijacked)
+	conn := tcptest.Receive(t, hijacked, "call of the handler")
 	defer conn.Close()
 	begin := time.Now()
-	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background())))
+	require.NoError(t, tcptest.Receive(t, s.startDrain(t, context.Background()), "return of drain"))
 	assert.Less(t, time.Since(begin), grace)
 	_, err := io.WriteString(conn, "still here\n")
 	require.NoError(t, err)
@@ -376,11 +376,11 @@ func TestDrainWaitsForNoHandlerThatPanics(t *testing.T) {
 	s := startService(t, tcptest.Listen(t), nil, routes(map[string]http.Handler{"/": abort, "/gate": begun}))
 	s.get(t, "/").requireEnd(t)
 	s.get(t, "/gate")
-	tcptest.Receive(t, begun.in)
+	tcptest.Receive(t, begun.in, "call of the handler")
 	drained := s.startDrain(t, context.Background())
 	begin := time.Now()
 	close(begun.out)
-	require.NoError(t, tcptest.Receive(t, drained))
+	require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 	assert.Less(t, time.Since(begin), grace)
 	assert.Zero(t, s.promised)
 }
@@ -406,17 +406,17 @@ func TestDrainEndsHTTP2Sessions(t *testing.T) {
 	answers := make(chan string, 2)
 	for path, g := range map[string]*gate{"/handled": handled, "/begun": begun} {
 		go func() { answers <- post(t, busy, url+path) }()
-		tcptest.Receive(t, g.in)
+		tcptest.Receive(t, g.in, "call of the handler")
 	}
 
 	drained := s.startDrain(t, context.Background())
-	tcptest.Receive(t, shutdown)
+	tcptest.Receive(t, shutdown, "call of Shutdown")
 	s.awaitConns(t, 0, http.StateIdle)
 	close(handled.out)
 	close(begun.out)
-	assert.Equal(t, "Hello", tcptest.Receive(t, answers))
-	assert.Equal(t, "Hello", tcptest.Receive(t, answers))
-	require.NoError(t, tcptest.Receive(t, drained))
+	assert.Equal(t, "Hello", tcptest.Receive(t, answers, "response"))
+	assert.Equal(t, "Hello", tcptest.Receive(t, answers, "response"))
+	require.NoError(t, tcptest.Receive(t, drained, "return of drain"))
 }
 
 // What a service sees of it
@@ -454,7 +454,7 @@ func TestNewDrainerKeepsWhatTheServerHas(t *testing.T) {
 	resp, _ := c.answer(t)
 	assert.Equal(t, http.StatusNotFound, resp.StatusCode, "http.DefaultServeMux")
 	for _, state := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle} {
-		assert.Equal(t, state, tcptest.Receive(t, states))
+		assert.Equal(t, state, tcptest.Receive(t, states, "call of ConnState"))
 	}
 }
 
@@ -531,7 +531,7 @@ func endUnderLoad(t testing.TB, config *tls.Config, http2, keepAlive bool, ends 
 			handled()
 			_, _ = io.Copy(w, r.Body)
 		}))
-		tcptest.Receive(t, enough)
+		tcptest.Receive(t, enough, "requests")
 		if n == ends { // the last one ends without clients
 			load.stop()
 		}

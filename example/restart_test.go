@@ -36,7 +36,7 @@ func startInstalled(t testing.TB, version string) (p *program, first process, pa
 	path = filepath.Join(t.TempDir(), "program")
 	install(t, path, script(t, version))
 	p, addr = startInheriting(t, path)
-	first = tcptest.Receive(t, p.processes)
+	first = tcptest.Receive(t, p.processes, "start of a process")
 	require.Equal(t, version, first.version)
 	return p, first, path, addr
 }
@@ -59,13 +59,13 @@ func startInheriting(t testing.TB, path string) (p *program, addr string) {
 func (p *program) restart(t testing.TB, old process) process {
 	p.signal(t, old.Process, syscall.SIGHUP)
 	require.Equal(t, "Serving HTTP", p.line())
-	return tcptest.Receive(t, p.processes)
+	return tcptest.Receive(t, p.processes, "start of a process")
 }
 
 // end ends the last of the program's processes.
 func (p *program) end(t testing.TB, last process) {
 	p.signal(t, last.Process, syscall.SIGTERM)
-	tcptest.Receive(t, last.ended)
+	tcptest.Receive(t, last.ended, "exit of the process")
 	assert.Equal(t, "EOF", p.line(), "no process is left")
 }
 
@@ -115,7 +115,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (a
 		processes = append(processes, next)
 	}
 	for _, old := range processes[:restarts] {
-		tcptest.Receive(t, old.ended)
+		tcptest.Receive(t, old.ended, "exit of the process")
 	}
 	assert.Zero(t, p.status(t))
 	for _, load := range loads {
@@ -152,7 +152,7 @@ func TestRestartThatFailsLosesNobody(t *testing.T) {
 		want = append(want, program.why)
 		await(t, func() bool { return strings.Count(p.errors(t), "\n") == len(want) })
 		if strings.Contains(program.text, hangs) {
-			tcptest.Receive(t, tcptest.Receive(t, p.processes).ended)
+			tcptest.Receive(t, tcptest.Receive(t, p.processes, "start of a process").ended, "exit of the process")
 		}
 	}
 	for n, line := range strings.SplitAfter(p.errors(t), "\n")[:len(want)] {
@@ -173,9 +173,9 @@ func TestSignalEndsARestartThatHangs(t *testing.T) {
 	p, process, path, _ := startInstalled(t, "1")
 	install(t, path, script(t, hangs))
 	p.signal(t, process.Process, syscall.SIGHUP)
-	hanging := tcptest.Receive(t, p.processes)
+	hanging := tcptest.Receive(t, p.processes, "start of a process")
 	p.end(t, process)
-	tcptest.Receive(t, hanging.ended)
+	tcptest.Receive(t, hanging.ended, "exit of the process")
 	assert.Zero(t, p.status(t))
 	assert.Contains(t, p.errors(t), "does not serve: context canceled\n")
 }

@@ -1,9 +1,8 @@
-// The benchmarks of this folder compare an accept loop that can be stopped with the bare
-// listener and with the classic one-second poll.
+// The benchmarks of this directory compare a StoppableListener with the plain listener and with
+// the classic one-second poll.
 //
-// The arms of a benchmark take turns within each iteration, so that whatever else the
-// machine does meets all of them, and each has metrics of its own. Medians, because
-// the machine does a lot else.
+// The variants of a benchmark take turns within each iteration, so that other load of the
+// machine affects all of them. Each has metrics of its own, which are medians.
 package benchmarks_test
 
 import (
@@ -36,28 +35,28 @@ func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, 1) }
 
 func BenchmarkAcceptParallel(b *testing.B) { benchmarkAccept(b, 4) }
 
-// benchmarkAccept takes connections from a filled queue with a number of acceptors.
+// benchmarkAccept takes connections from a filled accept queue in several goroutines.
 func benchmarkAccept(b *testing.B, acceptors int) {
-	const queued = 100 // less than any system's backlog
+	const pending = 100 // less than the backlog
 	blockInRead(b)
 	b.StopTimer() // it runs only while connections are accepted
 	times, allocs := samples{}, samples{}
 	for i := range b.N {
-		for _, arm := range inTurn(i, arms...) {
+		for _, variant := range inTurn(i, variants...) {
 			raw := tcptest.Listen(b)
-			l, _ := arm.wrap(b, raw)
-			clients := make([]net.Conn, queued)
+			l, _ := variant.wrap(b, raw)
+			clients := make([]net.Conn, pending)
 			for c := range clients {
 				clients[c] = tcptest.DialOnce(b, l)
 			}
-			conns := make([]net.Conn, queued)
-			begin := make(chan struct{})
-			var end sync.WaitGroup
+			conns := make([]net.Conn, pending)
+			start := make(chan struct{})
+			var done sync.WaitGroup
 			for a := 1; a < acceptors; a++ {
-				end.Add(1)
+				done.Add(1)
 				go func() {
-					defer end.Done()
-					<-begin
+					defer done.Done()
+					<-start
 					acceptInto(b, l, conns, a, acceptors)
 				}()
 			}
@@ -65,16 +64,16 @@ func benchmarkAccept(b *testing.B, acceptors int) {
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
 			b.StartTimer()
-			start := time.Now()
-			close(begin)
+			started := time.Now()
+			close(start)
 			acceptInto(b, l, conns, 0, acceptors)
-			end.Wait()
-			elapsed := time.Since(start)
+			done.Wait()
+			elapsed := time.Since(started)
 			b.StopTimer()
 			runtime.ReadMemStats(&after)
 
-			times.add(arm, float64(elapsed.Nanoseconds())/queued)
-			allocs.add(arm, float64(after.Mallocs-before.Mallocs)/queued)
+			times.add(variant, float64(elapsed.Nanoseconds())/pending)
+			allocs.add(variant, float64(after.Mallocs-before.Mallocs)/pending)
 			for c := range conns {
 				clients[c].Close()
 				conns[c].Close()
@@ -84,7 +83,7 @@ func benchmarkAccept(b *testing.B, acceptors int) {
 	}
 	times.report(b, "ns/accept", 0.5)
 	allocs.report(b, "allocs/accept", 0.5)
-	times.reportRatio(b, "ours/bare", 0.5)
+	times.reportRatio(b, "ours/plain", 0.5)
 }
 
 // acceptInto accepts every step-th connection.
@@ -99,39 +98,39 @@ func acceptInto(b *testing.B, l net.Listener, conns []net.Conn, from, step int) 
 	}
 }
 
-// BenchmarkStop is the time from the call of stop, for the bare listener Close, to the
-// return of the last Accept that was waiting.
+// BenchmarkStop measures the time from the call of Stop, or of Close for the plain listener, to
+// the return of the last blocked Accept.
 func BenchmarkStop(b *testing.B) {
-	for _, waiting := range []int{1, 10, 100} {
-		b.Run(fmt.Sprintf("waiting=%d", waiting), func(b *testing.B) {
+	for _, blocked := range []int{1, 10, 100} {
+		b.Run(fmt.Sprintf("blocked=%d", blocked), func(b *testing.B) {
 			blockInRead(b)
 			times := samples{}
 			for i := range b.N {
-				for _, arm := range inTurn(i, bare, ours) {
-					took := timeStop(b, arm, waiting, func() { tcptest.AwaitAcceptors(b, waiting) })
-					times.add(arm, float64(took))
+				for _, variant := range inTurn(i, plain, ours) {
+					took := timeStop(b, variant, blocked, func() { tcptest.AwaitAcceptors(b, blocked) })
+					times.add(variant, float64(took))
 				}
 			}
 			b.StopTimer()
-			if b.N > 1 { // the first run is only to find how many make a second
-				for _, took := range timeClassicStops(b, waiting) {
+			if b.N > 1 { // in the first run, the testing package only estimates b.N
+				for _, took := range timeClassicStops(b, blocked) {
 					times.add(classic, float64(took))
 				}
 			}
 			times.report(b, "p50-ns", 0.5)
 			times.report(b, "p99-ns", 0.99)
-			times.reportRatio(b, "p50-ours/bare", 0.5)
+			times.reportRatio(b, "p50-ours/plain", 0.5)
 		})
 	}
 }
 
-// timeStop stops goroutines that wait in Accept, once settle has returned.
-func timeStop(b *testing.B, arm arm, waiting int, settle func()) time.Duration {
+// timeStop stops goroutines that are blocked in Accept, once settle has returned.
+func timeStop(b *testing.B, variant variant, blocked int, settle func()) time.Duration {
 	raw := tcptest.Listen(b)
 	defer raw.Close()
-	l, stop := arm.wrap(b, raw)
-	returned := make(chan time.Time, waiting)
-	for range waiting {
+	l, stop := variant.wrap(b, raw)
+	returned := make(chan time.Time, blocked)
+	for range blocked {
 		go func() {
 			_, _ = l.Accept()
 			returned <- time.Now()
@@ -141,15 +140,15 @@ func timeStop(b *testing.B, arm arm, waiting int, settle func()) time.Duration {
 	start := time.Now()
 	stop()
 	var last time.Duration
-	for range waiting {
+	for range blocked {
 		last = max(last, (<-returned).Sub(start))
 	}
 	return last
 }
 
-// timeClassicStops stops many listeners of the classic design side by side, each at
-// some point of its poll.
-func timeClassicStops(b *testing.B, waiting int) []time.Duration {
+// timeClassicStops stops many listeners of the classic design in parallel, each at a random
+// time of its poll.
+func timeClassicStops(b *testing.B, blocked int) []time.Duration {
 	took := make([]time.Duration, 50)
 	var stops sync.WaitGroup
 	for i := range took {
@@ -157,48 +156,48 @@ func timeClassicStops(b *testing.B, waiting int) []time.Duration {
 		go func() {
 			defer stops.Done()
 			phase := rand.N(time.Second)
-			took[i] = timeStop(b, classic, waiting, func() { time.Sleep(phase) })
+			took[i] = timeStop(b, classic, blocked, func() { time.Sleep(phase) })
 		}()
 	}
 	stops.Wait()
 	return took
 }
 
-// BenchmarkStopUnderLoad counts the connections that were established and got no answer
-// because the accept loop was stopped, and the socket served again right away.
+// BenchmarkStopUnderLoad counts the connections that are established and then dropped because
+// the accept loop is stopped. The socket is served again right away.
 func BenchmarkStopUnderLoad(b *testing.B) {
 	const stops = 10
 	blockInRead(b)
-	lost := map[string]int64{}
+	dropped := map[string]int64{}
 	for i := range b.N {
-		for _, arm := range inTurn(i, arms...) {
-			lost[arm.name] += countLost(b, arm, stops)
+		for _, variant := range inTurn(i, variants...) {
+			dropped[variant.name] += countDropped(b, variant, stops)
 		}
 	}
-	for _, arm := range arms {
-		b.ReportMetric(float64(lost[arm.name])/float64(b.N*stops), arm.name+"-lost/stop")
+	for _, variant := range variants {
+		b.ReportMetric(float64(dropped[variant.name])/float64(b.N*stops), variant.name+"-dropped/stop")
 	}
 	b.ReportMetric(0, "ns/op")
 }
 
-// countLost stops and serves a socket again under load, and returns how many
-// connections were lost.
-func countLost(b *testing.B, arm arm, stops int) int64 {
+// countDropped stops and serves a socket again under load, and returns how many connections
+// were dropped.
+func countDropped(b *testing.B, variant variant, stops int) int64 {
 	raw := tcptest.Listen(b)
 	addr := raw.Addr().String()
-	var lost atomic.Int64
-	stopLoad := tcptest.Repeatedly(b, 8, func() bool {
+	var dropped atomic.Int64
+	stopLoad := tcptest.Loop(b, 8, func() bool {
 		var conns []*net.TCPConn
 		for range 16 {
 			conn, err := net.DialTimeout("tcp", addr, tcptest.Patience)
-			if err == nil { // else nobody listens: not established, not lost
+			if err == nil { // otherwise, the listener is closed: not established, not dropped
 				conns = append(conns, conn.(*net.TCPConn))
 			}
 		}
 		for _, conn := range conns {
 			_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 			if _, err := conn.Read(make([]byte, 1)); err != nil {
-				lost.Add(1)
+				dropped.Add(1)
 			}
 			_ = conn.SetLinger(0) // as tcptest.DialOnce
 			conn.Close()
@@ -207,15 +206,15 @@ func countLost(b *testing.B, arm arm, stops int) int64 {
 	})
 
 	for n := range stops + 1 {
-		if errors.Is(raw.SetDeadline(time.Time{}), net.ErrClosed) { // by the bare arm's stop
+		if errors.Is(raw.SetDeadline(time.Time{}), net.ErrClosed) { // by stop of the plain variant
 			l, err := net.Listen("tcp", addr)
 			require.NoError(b, err)
 			raw = l.(*net.TCPListener)
 			b.Cleanup(func() { l.Close() })
 		}
-		l, stop := arm.wrap(b, raw)
+		l, stop := variant.wrap(b, raw)
 		last := n == stops
-		if last { // no client is left to be lost by it
+		if last { // all clients have been stopped before
 			go func() {
 				stopLoad()
 				stop()
@@ -234,62 +233,62 @@ func countLost(b *testing.B, arm arm, stops int) int64 {
 		}
 	}
 	raw.Close()
-	return lost.Load()
+	return dropped.Load()
 }
 
-// BenchmarkServe is whole HTTP requests through http.Server, a connection for each.
+// BenchmarkServe measures whole HTTP requests to an http.Server, each on a connection of its own.
 func BenchmarkServe(b *testing.B) {
 	const requests = 20
 	blockInRead(b)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	times := samples{}
 	for i := range b.N {
-		for _, arm := range inTurn(i, arms...) {
-			l, _ := arm.wrap(b, tcptest.Listen(b))
+		for _, variant := range inTurn(i, variants...) {
+			l, _ := variant.wrap(b, tcptest.Listen(b))
 			server := http.Server{Handler: http.NotFoundHandler()}
-			ended := make(chan error, 1)
-			go func() { ended <- server.Serve(l) }()
-			tcptest.Get(b, client, l) // now Serve serves
+			served := make(chan error, 1)
+			go func() { served <- server.Serve(l) }()
+			tcptest.Get(b, client, l) // wait until the server serves
 			start := time.Now()
 			for range requests {
 				tcptest.Get(b, client, l)
 			}
-			times.add(arm, float64(time.Since(start).Nanoseconds())/requests)
+			times.add(variant, float64(time.Since(start).Nanoseconds())/requests)
 			server.Close()
-			<-ended
+			<-served
 		}
 	}
 	times.report(b, "ns/request", 0.5)
-	times.reportRatio(b, "ours/bare", 0.5)
+	times.reportRatio(b, "ours/plain", 0.5)
 }
 
-// BenchmarkIdle counts, for a minute, how often a goroutine that waits in Accept is
-// woken. Each arm is a process, since the runtime counts for a whole process.
+// BenchmarkIdle counts how often a goroutine that is blocked in Accept wakes up in a minute.
+// Each variant is a process of its own, because the runtime counts for a whole process.
 func BenchmarkIdle(b *testing.B) {
 	const listeners = 2000
 	if name := tcptest.ChildRole(); name != "" {
-		arm := arms[slices.IndexFunc(arms, func(a arm) bool { return a.name == name })]
+		variant := variants[slices.IndexFunc(variants, func(v variant) bool { return v.name == name })]
 		for i := range listeners {
-			l, _ := arm.wrap(b, tcptest.Listen(b))
+			l, _ := variant.wrap(b, tcptest.Listen(b))
 			if sl, ok := l.(*stoppablelistener.StoppableListener); ok && i%2 == 0 {
 				require.NoError(b, sl.SetDeadline(time.Now().Add(time.Hour))) // makes no poll longer
 			}
 			tcptest.Accept(l)
 		}
 		tcptest.AwaitAcceptors(b, listeners)
-		debug.FreeOSMemory() // else the runtime does so by and by, which counts as well
+		debug.FreeOSMemory() // otherwise, the runtime does so meanwhile, which counts too
 		before := timesScheduled()
 		time.Sleep(time.Minute)
-		fmt.Printf("\nwoken: %g\n", float64(timesScheduled()-before)/listeners)
+		fmt.Printf("\nwake-ups: %g\n", float64(timesScheduled()-before)/listeners)
 		os.Exit(0)
 	}
-	woken := samples{}
+	wakeUps := samples{}
 	for range b.N {
 		var idling sync.WaitGroup
-		outputs := make([]*bytes.Buffer, len(arms))
-		for i, arm := range arms {
+		outputs := make([]*bytes.Buffer, len(variants))
+		for i, variant := range variants {
 			var cmd *exec.Cmd
-			cmd, outputs[i] = tcptest.ChildProcess(b, arm.name)
+			cmd, outputs[i] = tcptest.ChildProcess(b, variant.name)
 			cmd.Args = append(cmd.Args, "-test.bench", "^"+b.Name()+"$", "-test.benchtime", "1x")
 			idling.Add(1)
 			go func() {
@@ -298,48 +297,47 @@ func BenchmarkIdle(b *testing.B) {
 			}()
 		}
 		idling.Wait()
-		for i, arm := range arms {
-			_, after, _ := strings.Cut(outputs[i].String(), "woken:")
+		for i, variant := range variants {
+			_, after, _ := strings.Cut(outputs[i].String(), "wake-ups:")
 			var n float64
 			_, err := fmt.Sscan(after, &n)
 			require.NoError(b, err, outputs[i])
-			woken.add(arm, n)
+			wakeUps.add(variant, n)
 		}
 	}
-	woken.report(b, "wakeups/min", 0.5)
-	assert.InDelta(b, 1, woken.quantile(ours, 0.5), 0.3, "a poll lasts a minute") // .ci/run looks
+	wakeUps.report(b, "wake-ups/min", 0.5)
+	assert.InDelta(b, 1, wakeUps.quantile(ours, 0.5), 0.3, "wake-ups a minute") // .ci/run checks this
 }
 
-// samples are what was measured, by the name of the arm.
+// samples are what was measured, by name of the variant.
 type samples map[string][]float64
 
-func (s samples) add(a arm, v float64) { s[a.name] = append(s[a.name], v) }
+func (s samples) add(v variant, sample float64) { s[v.name] = append(s[v.name], sample) }
 
-// quantile returns the q-quantile of an arm's samples.
-func (s samples) quantile(a arm, q float64) float64 {
-	sorted := slices.Clone(s[a.name])
+// quantile returns the q-quantile of a variant's samples.
+func (s samples) quantile(v variant, q float64) float64 {
+	sorted := slices.Clone(s[v.name])
 	slices.Sort(sorted)
 	return sorted[int(q*float64(len(sorted)-1))]
 }
 
-// report reports the q-quantile of each arm in unit, in place of the time of an
-// iteration, which means nothing here.
+// report reports the q-quantile of each variant in unit, instead of the time of an iteration.
 func (s samples) report(b *testing.B, unit string, q float64) {
-	for _, arm := range arms {
-		if len(s[arm.name]) > 0 {
-			b.ReportMetric(s.quantile(arm, q), arm.name+"-"+unit)
+	for _, variant := range variants {
+		if len(s[variant.name]) > 0 {
+			b.ReportMetric(s.quantile(variant, q), variant.name+"-"+unit)
 		}
 	}
 	b.ReportMetric(0, "ns/op")
 }
 
 func (s samples) reportRatio(b *testing.B, unit string, q float64) {
-	b.ReportMetric(s.quantile(ours, q)/s.quantile(bare, q), unit)
+	b.ReportMetric(s.quantile(ours, q)/s.quantile(plain, q), unit)
 }
 
-// blockInRead keeps a goroutine blocked in a network read. A process in which nothing
-// waits in the network poller accepts faster, and a pending deadline would look as if
-// it cost that difference.
+// blockInRead keeps a goroutine blocked in a network read. A process accepts faster while no
+// goroutine waits in the network poller, and a pending deadline would seem to cost the
+// difference.
 func blockInRead(b *testing.B) {
 	l := tcptest.Listen(b)
 	tcptest.Dial(b, l)
@@ -349,7 +347,7 @@ func blockInRead(b *testing.B) {
 	b.Cleanup(func() { conn.Close() })
 }
 
-// timesScheduled returns how often a goroutine of this process has begun to run.
+// timesScheduled returns how often the runtime has scheduled a goroutine of this process.
 func timesScheduled() uint64 {
 	sample := []metrics.Sample{{Name: "/sched/latencies:seconds"}}
 	metrics.Read(sample)
@@ -357,5 +355,5 @@ func timesScheduled() uint64 {
 	for _, count := range sample[0].Value.Float64Histogram().Counts {
 		n += count
 	}
-	return n * 8 // the runtime notes one time out of eight
+	return n * 8 // the runtime records one of eight
 }

@@ -1,5 +1,5 @@
-// The tests of this folder are what happens to an accept loop in production: load, a socket
-// that is handed over, no free descriptor, and thousands of rounds.
+// The tests of this directory are what happens to an accept loop in production: load, a child
+// process that serves the same socket, no free descriptor, and thousands of rounds.
 package faults_test
 
 import (
@@ -21,35 +21,34 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
 
-// Clients are queued all the time, so that the next Accept need never wait and a poll never
-// end.
-func TestSaturatedAcceptLoopsStopAndLoseNobody(t *testing.T) {
+// Connections are always pending, so that no Accept blocks and no poll ends.
+func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
 	const acceptors, clients, cycles = 3, 4, 300
 	l := tcptest.Listen(t)
 	stopLoad := load(t, l, clients, func(string) {})
 	for range tcptest.Rounds(cycles) {
 		sl := tcptest.Wrap(t, l)
 		var stopped atomic.Bool
-		begin, busy := tcptest.Countdown(50)
+		accepted, enough := tcptest.Countdown(50)
 		served := make(chan error, acceptors)
 		for range acceptors {
 			late := 0
 			go func() {
 				err := serve(sl, "served", func() {
-					begin()
+					accepted()
 					if stopped.Load() {
 						late++
 					}
 				})
-				assert.LessOrEqual(t, late, 1, "connections after Stop, of one acceptor")
+				assert.LessOrEqual(t, late, 1, "connections that one accept loop has returned after Stop")
 				served <- err
 			}()
 		}
-		tcptest.Receive(t, busy)
+		tcptest.Receive(t, enough, "50 connections")
 		sl.Stop()
 		stopped.Store(true)
 		for range acceptors {
-			tcptest.RequireStoppedError(t, tcptest.Receive(t, served))
+			tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 		}
 	}
 
@@ -58,11 +57,11 @@ func TestSaturatedAcceptLoopsStopAndLoseNobody(t *testing.T) {
 	go func() { served <- serve(sl, "served", func() {}) }()
 	stopLoad()
 	sl.Stop()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, served))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 }
 
 // The test binary itself is the child process.
-func TestSocketIsHandedToAChildProcess(t *testing.T) {
+func TestChildProcessServesTheSameSocket(t *testing.T) {
 	const child = "child"
 	if tcptest.ChildRole() == child {
 		inherited, err := net.FileListener(os.NewFile(3, "listener"))
@@ -73,7 +72,7 @@ func TestSocketIsHandedToAChildProcess(t *testing.T) {
 		_, err = io.Copy(io.Discard, os.Stdin) // the parent closes it
 		require.NoError(t, err)
 		sl.Stop()
-		tcptest.RequireStoppedError(t, tcptest.Receive(t, served))
+		tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 		return
 	}
 	tcptest.RequireInheritance(t)
@@ -91,10 +90,10 @@ func TestSocketIsHandedToAChildProcess(t *testing.T) {
 		sl := tcptest.Wrap(t, l)
 		served := make(chan error, 1)
 		go func() { served <- serve(sl, "parent", byParent) }()
-		tcptest.Receive(t, parentServes)
+		tcptest.Receive(t, parentServes, "100 responses of the parent")
 
 		sl.Stop()
-		tcptest.RequireStoppedError(t, tcptest.Receive(t, served))
+		tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 		file, err := sl.File()
 		require.NoError(t, err)
 		cmd.ExtraFiles = []*os.File{file}
@@ -103,16 +102,16 @@ func TestSocketIsHandedToAChildProcess(t *testing.T) {
 		require.NoError(t, cmd.Start())
 		require.NoError(t, file.Close())
 		require.NoError(t, l.Close())
+		tcptest.Receive(t, childServes, "100 responses of the child")
 
-		tcptest.Receive(t, childServes)
 		stopLoad()
 		require.NoError(t, stdin.Close())
 		require.NoError(t, cmd.Wait(), output)
 	}
 }
 
-// The test binary itself runs as a child process with few descriptors. Linux keeps a client
-// in the queue for which no descriptor is free, and macOS drops it.
+// The test binary itself runs as a child process with few descriptors. Linux keeps a
+// connection in the accept queue if no descriptor is free, and macOS drops it.
 func TestNoDescriptorIsFree(t *testing.T) {
 	const child, limit = "no descriptors", 64
 	if tcptest.ChildRole() != child {
@@ -155,23 +154,23 @@ func TestNoDescriptorIsFree(t *testing.T) {
 		require.ErrorIs(t, err, syscall.EMFILE)
 		var temporary interface{ Temporary() bool }
 		require.ErrorAs(t, err, &temporary)
-		require.True(t, temporary.Temporary())
+		require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
 	}
 	fail, failing := tcptest.Countdown(1)
-	ended := make(chan error, 1)
+	returned := make(chan error, 1)
 	go func() {
 		for {
 			_, err := sl.Accept()
 			if !errors.Is(err, syscall.EMFILE) {
-				ended <- err
+				returned <- err
 				return
 			}
 			fail()
 		}
 	}()
-	tcptest.Receive(t, failing)
+	tcptest.Receive(t, failing, "error of Accept")
 	sl.Stop()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, ended))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, returned, "return of the accept loop"))
 
 	require.NoError(t, files[0].Close()) // for a client
 	require.NoError(t, files[1].Close()) // for its connection
@@ -181,10 +180,10 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	conn.Close()
 }
 
-func TestManyRoundsLeaveNothingBehind(t *testing.T) {
+func TestManyRoundsLeakNothing(t *testing.T) {
 	l := tcptest.Listen(t)
 	descriptors := func() int {
-		files, err := os.ReadDir("/dev/fd") // where there is none, only goroutines count
+		files, err := os.ReadDir("/dev/fd") // without that, the test checks goroutines only
 		if err != nil {
 			return 0
 		}
@@ -202,23 +201,23 @@ func TestManyRoundsLeaveNothingBehind(t *testing.T) {
 		sl.Stop()
 		tcptest.RequireStopped(t, waiting, 1)
 	}
-	assert.Eventually(t, func() bool {
-		return runtime.NumGoroutine() <= goroutines+1 // the one that runs this
-	}, tcptest.Patience, time.Millisecond)
-	assert.LessOrEqual(t, descriptors(), files)
+	tcptest.Await(t, "as few goroutines as before", func() bool {
+		return runtime.NumGoroutine() <= goroutines
+	})
+	assert.LessOrEqual(t, descriptors(), files, "open descriptors")
 }
 
 // Helpers
 
-// load keeps clients connected to l until stop is called, each of them eight times, and
-// calls answered with what a connection was answered with. Each is to be answered.
-func load(t testing.TB, l net.Listener, clients int, answered func(string)) (stop func()) {
+// load connects clients to l until stop is called, each with eight connections at a time.
+// Each connection must get a response, with which load calls responded.
+func load(t testing.TB, l net.Listener, clients int, responded func(string)) (stop func()) {
 	addr := l.Addr().String()
-	return tcptest.Repeatedly(t, clients, func() bool {
+	return tcptest.Loop(t, clients, func() bool {
 		conns := make([]net.Conn, 8)
 		for i := range conns {
 			conn, err := net.DialTimeout("tcp", addr, tcptest.Patience)
-			if !assert.NoError(t, err) {
+			if !assert.NoError(t, err, "a client cannot connect") {
 				return false
 			}
 			defer conn.Close()
@@ -227,18 +226,18 @@ func load(t testing.TB, l net.Listener, clients int, answered func(string)) (sto
 			conns[i] = conn
 		}
 		for _, conn := range conns {
-			answer, err := io.ReadAll(conn)
-			if !assert.NoError(t, err) || !assert.NotEmpty(t, answer) {
+			response, err := io.ReadAll(conn)
+			if !assert.NoError(t, err, "a connection was dropped") || !assert.NotEmpty(t, response, "a response") {
 				return false
 			}
-			answered(string(answer))
+			responded(string(response))
 		}
 		return true
 	})
 }
 
-// serve answers each client of l with name, and then calls answered, until there is an error.
-func serve(l net.Listener, name string, answered func()) error {
+// serve responds to each client of l with name, and then calls responded, until Accept fails.
+func serve(l net.Listener, name string, responded func()) error {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
@@ -250,6 +249,6 @@ func serve(l net.Listener, name string, answered func()) error {
 		if err := conn.Close(); err != nil {
 			return err
 		}
-		answered()
+		responded()
 	}
 }

@@ -1,5 +1,5 @@
-// The tests of this folder play random histories: several goroutines call the methods of one
-// wrapper after another, and a model says afterwards what must not have happened.
+// The tests of this directory execute random histories: several goroutines call the methods
+// of one wrapper after another, and their results are checked against a model afterwards.
 package histories_test
 
 import (
@@ -19,9 +19,8 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
 
-// A history is what several goroutines do to one wrapper after another: each byte
-// is an operation and the goroutine that does it. The seed brings the history back, but
-// not how its goroutines took turns.
+// Each byte of a history is an operation and the goroutine that does it. The seed reproduces
+// the history, but not its schedule.
 func TestRandomHistories(t *testing.T) {
 	for range tcptest.Rounds(500) {
 		seed := rand.Uint64()
@@ -30,16 +29,16 @@ func TestRandomHistories(t *testing.T) {
 		for i := range history {
 			history[i] = byte(random.Uint32())
 		}
-		if err := runHistory(history); err != nil {
+		if err := execute(history); err != nil {
 			t.Fatalf("seed %d, history %v: %v", seed, history, err)
 		}
 	}
 }
 
-// Fuzz it with -fuzzminimizetime 1x: what a history covers depends on how its goroutines take
-// turns, so the fuzzer would try in vain to find a shorter one that covers the same.
+// Fuzz it with -fuzzminimizetime 1x: what a history covers depends on its schedule, so the
+// fuzzer would try in vain to find a shorter one that covers the same.
 func FuzzHistory(f *testing.F) {
-	every := make([]byte, 16*actors) // operation, by every goroutine
+	every := make([]byte, 16*goroutines) // operation by every goroutine
 	for i := range every {
 		every[i] = byte(i)
 	}
@@ -50,47 +49,47 @@ func FuzzHistory(f *testing.F) {
 		if len(history) > 100 {
 			history = history[:100]
 		}
-		if err := runHistory(history); err != nil {
+		if err := execute(history); err != nil {
 			t.Fatalf("history %v: %v", history, err)
 		}
 	})
 }
 
-// actors is how many goroutines play a history.
-const actors = 4
+// goroutines is how many execute a history.
+const goroutines = 4
 
-// A span is when an operation began and ended, by a clock that ticks with each of
-// them; end is zero while it goes on.
-type span struct{ begin, end int64 }
+// A span is when an operation was called and when it returned, by a clock that ticks with
+// each call and each return; ret is zero until it has returned.
+type span struct{ call, ret int64 }
 
-// before reports whether s had ended when other began.
-func (s span) before(other span) bool { return s.end != 0 && s.end < other.begin }
+// before reports whether s had returned when other was called.
+func (s span) before(other span) bool { return s.ret != 0 && s.ret < other.call }
 
-// began reports whether s had begun when other ended.
-func (s span) began(other span) bool { return s.begin != 0 && s.begin < other.end }
+// calledBeforeReturn reports whether s had been called when other returned.
+func (s span) calledBeforeReturn(other span) bool { return s.call != 0 && s.call < other.ret }
 
-// A world is what a history plays in: one listener at a time, and its wrapper.
-type world struct {
+// An execution of a history has one listener at a time, and its wrapper.
+type execution struct {
 	clock atomic.Int64
 
-	mu   sync.Mutex // guards the fields below
-	life *life
-	past []*life
+	mu       sync.Mutex // guards the fields below
+	current  *wrapper
+	previous []*wrapper
 }
 
-// A socket is one listener and its clients. Each has a number of its own, which is the first
-// thing that it sends, for a port is used again.
+// A socket is one listener and its clients. Each client sends its number first, because
+// ports are reused.
 type socket struct {
 	*net.TCPListener
 
 	mu       sync.Mutex // guards the fields below
-	close    span       // from the first that began to the first that ended; the world's mu too
+	close    span       // from the first call to the first return; also guarded by the execution's mu
 	dialed   map[int64]net.Conn
 	accepted []int64
 }
 
-// A life is that of one wrapper: what was done to it and what came back.
-type life struct {
+// A wrapper is a StoppableListener and the operations that were done on it.
+type wrapper struct {
 	*socket
 	sl        *stoppablelistener.StoppableListener
 	accepting sync.WaitGroup
@@ -103,8 +102,8 @@ type life struct {
 
 type deadlineOp struct {
 	span
-	at  time.Time
-	err error
+	deadline time.Time
+	err      error
 }
 
 type acceptOp struct {
@@ -113,50 +112,50 @@ type acceptOp struct {
 	err      error
 }
 
-// runHistory plays history and reports what must not have happened.
-func runHistory(history []byte) error {
+// execute executes history and returns an error if a result violates the model.
+func execute(history []byte) error {
 	result := make(chan error, 1)
-	go func() { result <- playHistory(history) }()
+	go func() { result <- executeAndCheck(history) }()
 	select {
 	case err := <-result:
 		return err
 	case <-time.After(2 * tcptest.Patience):
-		return errors.New("an Accept was left waiting")
+		return errors.New("an Accept is still blocked after Stop")
 	}
 }
 
-func playHistory(history []byte) error {
-	w := &world{}
-	if err := w.renew(); err != nil {
+func executeAndCheck(history []byte) error {
+	x := &execution{}
+	if err := x.renew(); err != nil {
 		return err
 	}
-	errs := make(chan error, actors)
-	for actor := range actors {
+	errs := make(chan error, goroutines)
+	for g := range goroutines {
 		go func() {
 			var err error
 			for _, b := range history {
-				if int(b)/16%actors == actor && err == nil {
-					err = w.do(b % 16)
+				if int(b)/16%goroutines == g && err == nil {
+					err = x.do(b % 16)
 				}
 			}
 			errs <- err
 		}()
 	}
-	// Whoever waits in Accept for what the history does not bring is let go.
+	// Renew interrupts each Accept for which the history has neither a client nor Stop.
 	var err error
-	for left := actors; left > 0; {
+	for left := goroutines; left > 0; {
 		select {
 		case e := <-errs:
 			err = errors.Join(err, e)
 			left--
 		case <-time.After(time.Millisecond):
-			err = errors.Join(err, w.renew())
+			err = errors.Join(err, x.renew())
 		}
 	}
-	err = errors.Join(err, w.drain())
-	for _, lf := range append(w.past, w.life) {
-		err = errors.Join(err, lf.judge())
-		for _, client := range lf.dialed {
+	err = errors.Join(err, x.drain())
+	for _, w := range append(x.previous, x.current) {
+		err = errors.Join(err, w.check())
+		for _, client := range w.dialed {
 			client.Close()
 		}
 	}
@@ -164,63 +163,64 @@ func playHistory(history []byte) error {
 }
 
 // do does one operation.
-func (w *world) do(op byte) error {
-	w.mu.Lock()
-	lf := w.life
+func (x *execution) do(op byte) error {
+	x.mu.Lock()
+	w := x.current
 	switch op {
 	case 0, 1, 2:
-		lf.accepting.Add(1)
-		w.mu.Unlock()
-		defer lf.accepting.Done()
-		return w.accept(lf, op == 2)
+		w.accepting.Add(1)
+		x.mu.Unlock()
+		defer w.accepting.Done()
+		return x.accept(w, op == 2)
 	case 3:
-		defer w.mu.Unlock()
-		w.record(&lf.socket.mu, &lf.close, func() { lf.sl.Close() })
+		defer x.mu.Unlock()
+		x.record(&w.socket.mu, &w.close, func() { w.sl.Close() })
 		return nil
 	case 4, 5:
-		w.mu.Unlock()
-		w.record(&lf.mu, &lf.stop, lf.sl.Stop)
+		x.mu.Unlock()
+		x.record(&w.mu, &w.stop, w.sl.Stop)
 		return nil
 	case 6:
-		w.mu.Unlock()
-		return w.renew()
+		x.mu.Unlock()
+		return x.renew()
 	case 7, 8, 9, 10:
-		w.mu.Unlock()
+		x.mu.Unlock()
 		now := time.Now()
-		w.setDeadline(lf, []time.Time{tcptest.Past, now.Add(time.Millisecond), now.Add(time.Hour), {}}[op-7])
+		x.setDeadline(w, []time.Time{tcptest.Past, now.Add(time.Millisecond), now.Add(time.Hour), {}}[op-7])
 		return nil
 	default:
-		defer w.mu.Unlock()
-		return w.dial(lf.socket)
+		defer x.mu.Unlock()
+		return x.dial(w.socket)
 	}
 }
 
-// record does an operation and notes in s, which mu guards, when the first one was.
-func (w *world) record(mu *sync.Mutex, s *span, do func()) {
+// record does an operation. It records the first call and the first return in s, which mu
+// guards.
+func (x *execution) record(mu *sync.Mutex, s *span, do func()) {
 	mu.Lock()
-	if s.begin == 0 {
-		s.begin = w.clock.Add(1)
+	if s.call == 0 {
+		s.call = x.clock.Add(1)
 	}
 	mu.Unlock()
 	do()
 	mu.Lock()
-	if s.end == 0 {
-		s.end = w.clock.Add(1)
+	if s.ret == 0 {
+		s.ret = x.clock.Add(1)
 	}
 	mu.Unlock()
 }
 
 // renew stops the wrapper, and wraps its socket again or, if that is closed, another.
-func (w *world) renew() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+func (x *execution) renew() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
 	var s *socket
-	if lf := w.life; lf != nil {
-		w.record(&lf.mu, &lf.stop, lf.sl.Stop)
-		lf.accepting.Wait()
-		w.past = append(w.past, lf)
-		s = lf.socket
-		if s.close.begin != 0 {
+	if w := x.current; w != nil {
+		x.record(&w.mu, &w.stop, w.sl.Stop)
+		w.accepting.Wait()
+		x.previous = append(x.previous, w)
+		s = w.socket
+		if s.close.call != 0 {
 			if _, err := stoppablelistener.New(s.TCPListener); !errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("New on a closed listener: %v", err)
 			}
@@ -235,51 +235,51 @@ func (w *world) renew() error {
 		s = &socket{TCPListener: l.(*net.TCPListener), dialed: make(map[int64]net.Conn)}
 	}
 	sl, err := stoppablelistener.New(s.TCPListener)
-	w.life = &life{socket: s, sl: sl}
+	x.current = &wrapper{socket: s, sl: sl}
 	return err
 }
 
-func (w *world) accept(lf *life, tcp bool) error {
-	op := acceptOp{span: span{begin: w.clock.Add(1)}}
+func (x *execution) accept(w *wrapper, tcp bool) error {
+	op := acceptOp{span: span{call: x.clock.Add(1)}}
 	var conn net.Conn
 	if tcp {
-		conn, op.err = lf.sl.AcceptTCP()
+		conn, op.err = w.sl.AcceptTCP()
 	} else {
-		conn, op.err = lf.sl.Accept()
+		conn, op.err = w.sl.Accept()
 	}
 	op.returned = time.Now()
-	op.end = w.clock.Add(1)
-	lf.mu.Lock()
-	lf.accepts = append(lf.accepts, op)
-	lf.mu.Unlock()
+	op.ret = x.clock.Add(1)
+	w.mu.Lock()
+	w.accepts = append(w.accepts, op)
+	w.mu.Unlock()
 	if op.err != nil {
-		return nil // the judge has a look at it
+		return nil // check looks at it
 	}
-	return lf.socket.took(conn)
+	return w.socket.recordClient(conn)
 }
 
-func (w *world) setDeadline(lf *life, at time.Time) {
-	op := &deadlineOp{span: span{begin: w.clock.Add(1)}, at: at}
-	lf.mu.Lock()
-	lf.deadlines = append(lf.deadlines, op)
-	lf.mu.Unlock()
-	err := lf.sl.SetDeadline(at)
-	lf.mu.Lock()
-	op.end, op.err = w.clock.Add(1), err
-	lf.mu.Unlock()
+func (x *execution) setDeadline(w *wrapper, deadline time.Time) {
+	op := &deadlineOp{span: span{call: x.clock.Add(1)}, deadline: deadline}
+	w.mu.Lock()
+	w.deadlines = append(w.deadlines, op)
+	w.mu.Unlock()
+	err := w.sl.SetDeadline(deadline)
+	w.mu.Lock()
+	op.ret, op.err = x.clock.Add(1), err
+	w.mu.Unlock()
 }
 
-// dial connects a client, with w's mu held. It stays until its life is judged: on some
-// systems a client that has left is not accepted.
-func (w *world) dial(s *socket) error {
-	if s.close.begin != 0 {
+// dial connects a client, with mu held. It stays until the check: on some systems, Accept does
+// not return a connection that the client has reset.
+func (x *execution) dial(s *socket) error {
+	if s.close.call != 0 {
 		return nil
 	}
 	conn, err := net.Dial("tcp", s.Addr().String())
 	if err != nil {
 		return err
 	}
-	number := w.clock.Add(1)
+	number := x.clock.Add(1)
 	s.mu.Lock()
 	s.dialed[number] = conn
 	s.mu.Unlock()
@@ -287,8 +287,8 @@ func (w *world) dial(s *socket) error {
 		binary.Write(conn, binary.BigEndian, number))
 }
 
-// took notes whose connection conn is.
-func (s *socket) took(conn net.Conn) error {
+// recordClient reads the number of the client.
+func (s *socket) recordClient(conn net.Conn) error {
 	defer conn.Close()
 	var number int64
 	err := errors.Join(conn.SetReadDeadline(time.Now().Add(tcptest.Patience)),
@@ -299,94 +299,94 @@ func (s *socket) took(conn net.Conn) error {
 	return err
 }
 
-// drain accepts the clients that are still queued and closes the last socket.
-func (w *world) drain() error {
-	if err := w.renew(); err != nil {
+// drain accepts the pending connections and closes the last socket.
+func (x *execution) drain() error {
+	if err := x.renew(); err != nil {
 		return err
 	}
-	lf := w.life
-	defer lf.sl.Close()
-	lf.sl.SetDeadline(time.Now().Add(tcptest.Patience))
-	for len(lf.accepted) < len(lf.dialed) {
-		conn, err := lf.sl.Accept()
+	w := x.current
+	defer w.sl.Close()
+	w.sl.SetDeadline(time.Now().Add(tcptest.Patience))
+	for len(w.accepted) < len(w.dialed) {
+		conn, err := w.sl.Accept()
 		if err != nil {
-			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(lf.dialed), len(lf.accepted), err)
+			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(w.dialed), len(w.accepted), err)
 		}
-		if err := lf.socket.took(conn); err != nil {
+		if err := w.socket.recordClient(conn); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// judge reports what must not have happened in lf.
-func (lf *life) judge() error {
-	for i, number := range lf.accepted {
-		if lf.dialed[number] == nil || slices.Contains(lf.accepted[:i], number) {
+// check returns an error if a result violates the model.
+func (w *wrapper) check() error {
+	for i, number := range w.accepted {
+		if w.dialed[number] == nil || slices.Contains(w.accepted[:i], number) {
 			return fmt.Errorf("client %d did not dial, or was accepted twice", number)
 		}
 	}
-	for _, op := range lf.deadlines {
+	for _, op := range w.deadlines {
 		stopped := op.err == stoppablelistener.StoppedError
-		if stopped && !lf.stop.began(op.span) || !stopped && lf.stop.before(op.span) {
-			return fmt.Errorf("SetDeadline %+v, Stop %+v: %v", op.span, lf.stop, op.err)
+		if stopped && !w.stop.calledBeforeReturn(op.span) || !stopped && w.stop.before(op.span) {
+			return fmt.Errorf("SetDeadline %+v, Stop %+v: %v", op.span, w.stop, op.err)
 		}
 	}
-	lf.deadlines = slices.DeleteFunc(lf.deadlines, func(op *deadlineOp) bool {
+	w.deadlines = slices.DeleteFunc(w.deadlines, func(op *deadlineOp) bool {
 		return op.err == stoppablelistener.StoppedError // it has changed nothing
 	})
-	for _, op := range lf.deadlines {
+	for _, op := range w.deadlines {
 		closed := errors.Is(op.err, net.ErrClosed)
-		if op.err != nil && !closed || closed && !lf.close.began(op.span) ||
-			!closed && lf.close.before(op.span) {
+		if op.err != nil && !closed || closed && !w.close.calledBeforeReturn(op.span) ||
+			!closed && w.close.before(op.span) {
 			return fmt.Errorf("SetDeadline: %v", op.err)
 		}
 	}
-	for _, op := range lf.accepts {
-		if why := lf.wrong(op); why != "" {
-			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, lf.stop, lf.close)
+	for _, op := range w.accepts {
+		if why := w.violation(op); why != "" {
+			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, w.stop, w.close)
 		}
 	}
 	return nil
 }
 
-// wrong says why Accept may not have returned as it did; it is empty if it may.
-func (lf *life) wrong(op acceptOp) string {
+// violation says why Accept must not have returned as it did; empty if it may.
+func (w *wrapper) violation(op acceptOp) string {
 	if op.err == stoppablelistener.StoppedError {
-		if !lf.stop.began(op.span) {
+		if !w.stop.calledBeforeReturn(op.span) {
 			return "not stopped yet"
 		}
 		return ""
 	}
 	switch {
-	case lf.stop.before(op.span):
+	case w.stop.before(op.span):
 		return "stopped before"
-	case op.err == nil && lf.close.before(op.span):
+	case op.err == nil && w.close.before(op.span):
 		return "closed before"
-	case op.err == nil && lf.timedOut(op):
-		return "the deadline was past"
+	case op.err == nil && w.timedOut(op):
+		return "the deadline had expired"
 	case op.err == nil:
 		return ""
 	case errors.Is(op.err, os.ErrDeadlineExceeded):
-		for _, d := range lf.deadlines {
-			if d.began(op.span) && !d.at.IsZero() && !d.at.After(op.returned) && !lf.superseded(d, op) {
+		for _, d := range w.deadlines {
+			if d.calledBeforeReturn(op.span) && !d.deadline.IsZero() && !d.deadline.After(op.returned) && !w.superseded(d, op) {
 				return ""
 			}
 		}
-		return "no deadline was due"
+		return "no deadline had expired"
 	case !errors.Is(op.err, net.ErrClosed):
-		return "an error of its own"
-	case !lf.close.began(op.span):
+		return "an unknown error"
+	case !w.close.calledBeforeReturn(op.span):
 		return "not closed yet"
-	case lf.stop.before(lf.close):
+	case w.stop.before(w.close):
 		return "stopped before it was closed"
 	}
 	return ""
 }
 
-// superseded reports whether another deadline had replaced d when op began.
-func (lf *life) superseded(d *deadlineOp, op acceptOp) bool {
-	for _, other := range lf.deadlines {
+// superseded reports whether another deadline had replaced d when op was called.
+func (w *wrapper) superseded(d *deadlineOp, op acceptOp) bool {
+	for _, other := range w.deadlines {
 		if d.before(other.span) && other.before(op.span) {
 			return true
 		}
@@ -394,15 +394,15 @@ func (lf *life) superseded(d *deadlineOp, op acceptOp) bool {
 	return false
 }
 
-// timedOut reports whether the deadline was in the past all through op.
-func (lf *life) timedOut(op acceptOp) bool {
-	for _, d := range lf.deadlines {
-		if d.at != tcptest.Past || !d.before(op.span) {
+// timedOut reports whether the deadline had expired during all of op.
+func (w *wrapper) timedOut(op acceptOp) bool {
+	for _, d := range w.deadlines {
+		if d.deadline != tcptest.Past || !d.before(op.span) {
 			continue
 		}
 		last := true
-		for _, other := range lf.deadlines {
-			last = last && (other == d || other.at == tcptest.Past || other.before(d.span) || op.before(other.span))
+		for _, other := range w.deadlines {
+			last = last && (other == d || other.deadline == tcptest.Past || other.before(d.span) || op.before(other.span))
 		}
 		if last {
 			return true

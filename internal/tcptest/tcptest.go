@@ -1,10 +1,11 @@
 // Package tcptest is what the tests of this module share: listeners, clients, goroutines
-// in Accept, and child processes.
+// in Accept, waiting, and child processes.
 package tcptest
 
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -21,11 +22,11 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 )
 
-// Patience is how long something that happens at once may take on a loaded machine.
-// It is well below a poll interval: what only the end of a poll brings comes too late.
+// Patience is how long something that happens at once may take on a loaded machine. It is
+// well below the poll interval, so that what happens only at the end of a poll is too late.
 const Patience = 10 * time.Second
 
-// Past is a deadline that has passed.
+// Past is a deadline that has expired.
 var Past = time.Unix(1, 0)
 
 // Listen returns a listener on a free port, closed when the test ends.
@@ -36,7 +37,7 @@ func Listen(t testing.TB) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// Wrap returns what New makes of l.
+// Wrap wraps l.
 func Wrap(t testing.TB, l net.Listener) *stoppablelistener.StoppableListener {
 	sl, err := stoppablelistener.New(l)
 	require.NoError(t, err)
@@ -45,19 +46,19 @@ func Wrap(t testing.TB, l net.Listener) *stoppablelistener.StoppableListener {
 
 // Clients
 //
-// None resets its connection while the kernel may still queue it: on some systems it would
-// never come out of Accept then.
+// None resets its connection while that may still be in the accept queue: on some systems,
+// Accept would never return it then.
 
-// Dial connects a client that stays until the test ends.
+// Dial connects a client until the test ends.
 func Dial(t testing.TB, l net.Listener) net.Conn {
 	conn := DialOnce(t, l)
 	t.Cleanup(func() { conn.Close() })
 	return conn
 }
 
-// DialOnce connects a client that the caller closes, once it has been accepted. Close
-// resets the connection, for thousands of connections that end in order would use the
-// machine's ports up.
+// DialOnce connects a client that the caller closes once it has been accepted. Close resets
+// the connection, because thousands of connections that are closed otherwise would use up
+// the ports of the machine.
 func DialOnce(t testing.TB, l net.Listener) net.Conn {
 	conn, err := net.DialTimeout("tcp", l.Addr().String(), Patience)
 	require.NoError(t, err)
@@ -65,7 +66,7 @@ func DialOnce(t testing.TB, l net.Listener) net.Conn {
 	return conn
 }
 
-// Get returns what client gets from the HTTP server on l.
+// Get returns the body of the response of the HTTP server on l.
 func Get(t testing.TB, client *http.Client, l net.Listener) string {
 	resp, err := client.Get("http://" + l.Addr().String())
 	require.NoError(t, err)
@@ -75,9 +76,9 @@ func Get(t testing.TB, client *http.Client, l net.Listener) string {
 	return string(body)
 }
 
-// Repeatedly has n goroutines call f again and again, each until f returns false or stop
-// is called, which waits for them.
-func Repeatedly(t testing.TB, n int, f func() bool) (stop func()) {
+// Loop calls f in a loop in n goroutines, each until f returns false or stop is called,
+// which waits for them.
+func Loop(t testing.TB, n int, f func() bool) (stop func()) {
 	done := make(chan struct{})
 	var calling sync.WaitGroup
 	for range n {
@@ -124,14 +125,15 @@ func AcceptMany(l net.Listener, n int) <-chan Accepted {
 	return results
 }
 
-// AwaitAcceptors returns when n goroutines are blocked in an Accept of package net.
+// AwaitAcceptors waits until n goroutines are blocked in an Accept of package net.
 func AwaitAcceptors(t testing.TB, n int) {
 	t.Helper()
 	buf := make([]byte, 1<<18)
-	deadline := time.Now().Add(Patience)
+	patience := Patience + time.Duration(n)*50*time.Millisecond
+	deadline := time.Now().Add(patience)
 	for {
 		stacks := buf[:runtime.Stack(buf, true)]
-		if len(stacks) == len(buf) { // cut off
+		if len(stacks) == len(buf) { // truncated
 			buf = make([]byte, 2*len(buf))
 			continue
 		}
@@ -146,20 +148,34 @@ func AwaitAcceptors(t testing.TB, n int) {
 		if blocked >= n {
 			return
 		}
-		require.True(t, time.Now().Before(deadline), "%d of %d are waiting", blocked, n)
-		time.Sleep(time.Duration(n) * time.Microsecond) // each look holds them all up
+		if time.Now().After(deadline) {
+			require.FailNow(t, fmt.Sprintf("%d of %d goroutines are blocked in Accept after %v", blocked, n, patience))
+		}
+		time.Sleep(time.Duration(n) * time.Microsecond) // runtime.Stack stops all goroutines
 	}
 }
 
-// Receive returns the next value from ch, and fails the test if it is long in coming.
-func Receive[T any](t testing.TB, ch <-chan T) T {
+// Receive returns the next value from ch. If it takes too long, the test fails, and the
+// message says what is missing.
+func Receive[T any](t testing.TB, ch <-chan T, what string) T {
 	t.Helper()
 	select {
 	case v := <-ch:
 		return v
 	case <-time.After(Patience):
-		require.FailNow(t, "still waiting", "after %v", Patience)
+		require.FailNow(t, "missing after "+Patience.String()+": "+what)
 		panic("unreachable")
+	}
+}
+
+// Await waits until the condition is true. If it takes too long, the test fails, and the
+// message says what is missing.
+func Await(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(Patience); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			require.FailNow(t, "missing after "+Patience.String()+": "+what)
+		}
 	}
 }
 
@@ -174,45 +190,47 @@ func Countdown(n int64) (count func(), done <-chan struct{}) {
 	}, ch
 }
 
-// RequireClient takes an Accept's result, which must be client's connection.
+// RequireClient receives the result of an Accept, which must be the client's connection.
 func RequireClient(t testing.TB, client net.Conn, results <-chan Accepted) {
 	t.Helper()
-	got := Receive(t, results)
+	got := Receive(t, results, "return of Accept with the client's connection")
 	require.NoError(t, got.Err)
 	defer got.Conn.Close()
-	require.Equal(t, client.LocalAddr().String(), got.Conn.RemoteAddr().String())
+	require.Equal(t, client.LocalAddr().String(), got.Conn.RemoteAddr().String(), "address of the client")
 }
 
-// RequireStopped takes n results, which must be StoppedError.
+// RequireStopped receives n results, which must be StoppedError.
 func RequireStopped(t testing.TB, results <-chan Accepted, n int) {
 	t.Helper()
 	for range n {
-		RequireStoppedError(t, Receive(t, results).Err)
+		RequireStoppedError(t, Receive(t, results, "return of Accept after Stop").Err)
 	}
 }
 
-// RequireStoppedError wants that very value.
+// RequireStoppedError requires err to be that very value, unwrapped.
 func RequireStoppedError(t testing.TB, err error) {
 	t.Helper()
-	require.True(t, err == stoppablelistener.StoppedError, err)
+	if err != stoppablelistener.StoppedError {
+		require.FailNow(t, fmt.Sprintf("the error is not StoppedError: %v", err))
+	}
 }
 
-// What a system has
+// Child processes
 
 // RequireInheritance skips the test where no child process can inherit a socket.
 func RequireInheritance(t testing.TB) {
 	t.Helper()
-	folder, attr := t.TempDir(), &os.ProcAttr{Files: make([]*os.File, 4)}
-	if _, err := os.StartProcess(folder, nil, attr); errors.Is(err, errors.ErrUnsupported) {
-		t.Skip("no process can inherit a fourth file: ", err) // else, a folder is no program
+	dir, attr := t.TempDir(), &os.ProcAttr{Files: make([]*os.File, 4)}
+	if _, err := os.StartProcess(dir, nil, attr); errors.Is(err, errors.ErrUnsupported) {
+		t.Skip("no process can inherit a fourth file: ", err) // otherwise, a directory is no program
 	}
 }
 
-// childEnv tells a test that it runs in a child process.
+// childEnv is the environment variable with the role of a child process.
 const childEnv = "STOPPABLELISTENER_TEST_CHILD"
 
-// ChildProcess is the test binary with this test or benchmark alone, which finds role in
-// ChildRole; what it prints is in output. A short run has none.
+// ChildProcess returns a command that runs this test or benchmark alone, with role as its
+// ChildRole. What it prints is in output. A short run skips the test instead.
 func ChildProcess(t testing.TB, role string) (cmd *exec.Cmd, output *bytes.Buffer) {
 	t.Helper()
 	if testing.Short() {
@@ -232,7 +250,7 @@ func ChildProcess(t testing.TB, role string) (cmd *exec.Cmd, output *bytes.Buffe
 	return cmd, output
 }
 
-// ChildRole is what this process was started for by ChildProcess; it is empty if it was not.
+// ChildRole is the role with which ChildProcess has started this process; otherwise empty.
 func ChildRole() string { return os.Getenv(childEnv) }
 
 // Rounds is n, or a tenth of it in a short run.
