@@ -1,18 +1,51 @@
-// Package stoppablelistener stops a TCP accept loop and keeps its socket:
+// Package stoppablelistener stops the accept loop of a TCP server without closing its
+// socket, for graceful shutdown and zero-downtime restart:
 //
 //	sl, err := stoppablelistener.New(l) // l is what net.Listen returned
-//	go http.Serve(sl, handler)          // or any other accept loop
-//	sl.Stop()                           // Serve returns StoppedError
+//	go acceptLoop(sl)                   // calls Accept until that returns an error
+//	sl.Stop()                           // Accept returns StoppedError; l stays open
 //
-// Package net has two other ways to end an Accept that waits. [net.TCPListener.Close]
-// takes the socket with it, and the clients that the kernel has queued there.
-// [net.TCPListener.SetDeadline], on which this package is built, gives a timeout; that
-// counts as temporary, so [net/http.Server.Serve] tries again for ever.
+// Package net has two ways to interrupt a blocked Accept. [net.TCPListener.Close] also closes
+// the socket, which resets the connections in its accept queue (backlog): those that the kernel
+// has established and that Accept has not returned yet. A deadline makes Accept return a
+// timeout, after which [net/http.Server.Serve] retries, because it is a temporary error. This
+// package sets a deadline too, but returns a permanent error.
 //
-// Where one HTTP server is all that there is to stop, and some failed requests do not
-// matter, [net/http.Server.Shutdown] is enough. A [StoppableListener] is for every other
-// TCP accept loop, for stopping in order (new connections, then the loop, then the open
-// connections), and for a socket that goes on, to the next server or to a new process.
+// If you only have to stop one HTTP server, and a few failed requests do not matter,
+// [net/http.Server.Shutdown] is enough.
+//
+// # HTTP servers
+//
+// After Stop, Serve returns StoppedError, and the server still serves its open connections.
+// To close them, call Shutdown, or use package httpdrain, with which far fewer requests fail:
+// Shutdown closes idle connections even while a client is sending on one, and since Go 1.25
+// connections that were accepted but not yet read from (golang/go#75591).
+//
+// Serve closes its listener when it returns. To keep the socket open, pass Serve a wrapper
+// whose Close method calls Stop, as the example of [StoppableListener.Stop] does. A Close
+// method that does nothing is not enough, because Shutdown waits for Serve to return.
+//
+// # Child processes
+//
+// Pass the file that [StoppableListener.File] returns to a child process in
+// [os/exec.Cmd.ExtraFiles], and both processes can accept connections from the same socket.
+// Stop in one process does not affect the other. The child calls [net.FileListener] and New.
+// Package restart does all of this to restart a server without downtime.
+//
+// With the file that the File method of the plain *net.TCPListener returns, starting the child
+// or calling Fd sets the socket to blocking mode in both processes. An Accept that is called
+// in that mode returns with the next connection only; neither Stop nor Close interrupts it.
+//
+// # Limitations
+//
+//   - TCP only: New rejects Unix sockets, TLS listeners and other wrappers. ServeTLS(sl, …)
+//     and tls.NewListener(sl, …) work.
+//   - Stop does not interrupt a wrapper around a StoppableListener that is blocked before it
+//     calls Accept, such as a full netutil.LimitListener.
+//   - Wait for the accept loop to return before you pass the same socket to New again, because
+//     New moves the deadline that interrupts Accept.
+//   - On Plan 9, where package net does not support deadlines for Accept, an Accept that is
+//     blocked when Stop is called returns the next connection.
 package stoppablelistener
 
 import (
@@ -23,61 +56,54 @@ import (
 	"sync"
 	"time"
 
-	"github.com/c2db162c/stoppablelistener/internal/nonblock"
+	"github.com/c2db162c/stoppablelistener/internal/socket"
 )
 
-// pollInterval is the furthest that a listener's deadline lies ahead; it is long, so that
-// an idle listener costs next to nothing.
+// pollInterval is the maximum time from now to the deadline of the embedded listener; it is
+// long, so that an idle listener costs next to nothing.
 //
-// Stop has no need of a poll, since it moves the deadline itself. The poll is the safety
-// net for a socket that others can reach too: a wrapper made before the accept loop of a
-// stopped one has returned moves the deadline that was to end that loop, which then
-// sleeps for a minute and not for ever; and a deadline set on the bare listener ends a
-// poll and not an Accept.
+// Stop does not need a poll, since it moves the deadline itself. The poll limits the damage
+// when other code moves that deadline: if New is called before the accept loop of a stopped
+// wrapper has returned, that loop stays blocked for a minute and not forever; and a deadline
+// set on the plain *net.TCPListener ends a poll and not an Accept.
 const pollInterval = time.Minute
 
-// longPast is a deadline that ends every Accept, as net/http uses it to end reads.
+// longPast is a deadline that interrupts Accept; net/http interrupts reads with the same.
 var longPast = time.Unix(1, 0)
 
-// StoppedError is what Accept and AcceptTCP return once Stop has been called: this
-// very value, so that both err == StoppedError and [errors.Is] hold.
+// StoppedError is returned by Accept and AcceptTCP after a call to Stop. It is returned
+// unwrapped, so both err == StoppedError and [errors.Is] work.
 //
-// It wraps [net.ErrClosed], and its text ends with that error's, so an accept loop that
-// recognizes a closed listener by either ends quietly on a stopped one. It is neither
-// temporary nor a timeout, the two kinds of error after which accept loops try again.
+// It wraps [net.ErrClosed], and its text ends with the text of that error, so an accept loop
+// that recognizes a closed listener, by errors.Is or by text, also recognizes a stopped one.
+// It is neither temporary nor a timeout, the two kinds of error after which accept loops
+// retry.
 //
 //lint:ignore ST1012 this is the published name
 var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.ErrClosed)
 
-// A StoppableListener is a [net.TCPListener] whose accept loops can be stopped while
-// its socket stays open. [New] makes one; the zero value is of no use. Its methods may
-// be called from any number of goroutines at once.
+// A StoppableListener is a [net.TCPListener] whose Accept can be interrupted while its
+// socket stays open. Create one with [New]; the zero value is not usable. Multiple
+// goroutines may invoke its methods simultaneously.
 //
-// Addr, Close, File and SyscallConn are those of the embedded listener. To give the
-// socket to a child process, call Stop, wait for the accept loop to return, and start the
-// child then, with the result of File in [os/exec.Cmd.ExtraFiles]: the clients that come
-// in between wait in the kernel's queue. Not while a goroutine is in Accept: starting a
-// child, like calling Fd on that result, puts the socket into blocking mode, for parent
-// and child alike, and there neither Stop nor Close can end an Accept. New undoes that.
+// Addr, Close and SyscallConn are those of the embedded listener.
 type StoppableListener struct {
 	*net.TCPListener
 
 	stop chan struct{} // no values sent; closed by Stop, with mu held
 
-	mu       sync.Mutex // guards deadline, and each change of the TCPListener's own
+	mu       sync.Mutex // guards deadline, and each change of the TCPListener's deadline
 	deadline time.Time  // as the caller set it; zero means none
 }
 
-// New wraps l, which must be an open, non-nil [*net.TCPListener], whichever function
-// made it: [net.Listen], [net.ListenConfig.Listen], [net.FileListener]. For anything else
-// it returns an error that says what l was, and for a closed listener one that wraps
+// New wraps l, which must be an open, non-nil [*net.TCPListener], no matter which function
+// returned it: [net.Listen], [net.ListenConfig.Listen] or [net.FileListener]. For any other
+// l, it returns an error that names the type; for a closed one, an error that wraps
 // [net.ErrClosed].
 //
-// New takes over l: a deadline set before is gone, and the socket is in nonblocking mode
-// again, wherever Go uses that. A socket that was stopped, or whose child process could
-// not be started, can thus be wrapped and served again, as often as you like. Wait for the
-// accept loop on the earlier wrapper to return first: New moves the deadline that tells
-// it to. New starts no goroutine.
+// New clears the deadline of l and sets nonblocking mode for its socket. So a socket can be
+// wrapped again after Stop, any number of times, once the accept loop on the previous
+// wrapper has returned. New starts no goroutine.
 func New(l net.Listener) (*StoppableListener, error) {
 	tcp, ok := l.(*net.TCPListener)
 	if !ok {
@@ -89,7 +115,7 @@ func New(l net.Listener) (*StoppableListener, error) {
 	sl := &StoppableListener{TCPListener: tcp, stop: make(chan struct{})}
 	err := sl.SetDeadline(time.Time{})
 	if err == nil {
-		err = nonblock.Set(tcp)
+		err = socket.SetNonblock(tcp)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("stoppablelistener: cannot wrap listener: %w", err)
@@ -97,8 +123,8 @@ func New(l net.Listener) (*StoppableListener, error) {
 	return sl, nil
 }
 
-// Accept does what AcceptTCP does, as [net.Listener] wants it: the connection is a
-// [*net.TCPConn], or a nil interface if there is an error.
+// Accept implements the Accept method in the [net.Listener] interface; it calls
+// [StoppableListener.AcceptTCP]. The connection is a [*net.TCPConn].
 func (sl *StoppableListener) Accept() (net.Conn, error) {
 	conn, err := sl.AcceptTCP()
 	if err != nil {
@@ -107,13 +133,14 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-// AcceptTCP waits for the next connection and returns it as package net made it.
+// AcceptTCP waits for the next connection and returns it as package net does.
 //
-// Begun after Stop has returned, it returns [StoppedError], however many clients are
-// waiting. Interrupted by Stop, it returns StoppedError or the connection that it had
-// already taken from the kernel: such a connection is never dropped. A deadline from
-// SetDeadline ends it with [os.ErrDeadlineExceeded]. Every other error is package net's,
-// as it came: [net.ErrClosed] after Close, unless Stop was called too.
+// If called after Stop has returned, it returns [StoppedError], even if connections are
+// pending. If Stop is called while it is blocked, it returns StoppedError, or the connection
+// that it has just taken from the accept queue: it never drops a connection. After the
+// deadline set with SetDeadline, it returns an error that wraps [os.ErrDeadlineExceeded]; after
+// Close, unless Stop was called too, one that wraps [net.ErrClosed]. These and other errors are
+// those of package net.
 func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
@@ -127,11 +154,20 @@ func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	return nil, StoppedError
 }
 
-// SetDeadline is [net.TCPListener.SetDeadline]: from t on, Accept and AcceptTCP fail with
-// an error that is a timeout; the zero time means no deadline. It holds for calls that
-// are already waiting. Once Stop has been called it changes nothing and returns
-// [StoppedError], for the socket may by then be somebody else's. On a closed listener it
-// returns package net's error, unless Stop was called too.
+// File returns a duplicate of the socket's descriptor, as [net.TCPListener.File] does, and
+// leaves the socket in nonblocking mode: a child process can be started with the file while
+// goroutines are in Accept, and Stop still interrupts these at once. It is the caller's
+// responsibility to close the file, which does not affect the listener.
+//
+// On systems other than Unix, it is the embedded listener's File.
+func (sl *StoppableListener) File() (*os.File, error) {
+	return socket.File(sl.TCPListener)
+}
+
+// SetDeadline sets the deadline of Accept and AcceptTCP, including calls that are blocked,
+// as [net.TCPListener.SetDeadline] does. The zero time means no deadline. After Stop, it
+// changes nothing and returns [StoppedError], because the socket may be in use by another
+// wrapper. On a closed listener, it returns package net's error, unless Stop was called too.
 func (sl *StoppableListener) SetDeadline(t time.Time) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -139,39 +175,28 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 		return StoppedError
 	}
 	sl.deadline = t
-	return sl.beginPoll()
+	return sl.startPoll()
 }
 
-// Stop makes every Accept and AcceptTCP return [StoppedError]: at once those that
-// are waiting, and all that come later. It can be called any number of times, before
-// the first Accept and after Close; calls after the first do nothing.
+// Stop interrupts the accept loop. Each blocked Accept and AcceptTCP returns at once, with
+// [StoppedError] or the connection that it has just taken from the accept queue; each later
+// call returns StoppedError. Stop may be called any number of times, before the first Accept
+// and after Close; calls after the first do nothing.
 //
-// Stop waits for nobody, leaves accepted connections alone and does not close the
-// socket, on which the kernel keeps queueing clients. So wait for the accept loop to
-// return, with a [sync.WaitGroup] say; then end the connections; then Close the socket,
-// which resets the clients still queued, or pass it to New to serve it again. To use the
-// bare listener l again instead, remove the deadline that Stop leaves there, with
-// l.SetDeadline(time.Time{}).
-//
-// With net/http, two things are to know. Serve closes its listener as it returns; to keep
-// the socket, pass it a wrapper whose Close calls Stop. (With one that does nothing,
-// Shutdown would wait for Serve for ever.) And Shutdown fails requests: it closes idle
-// connections even if a client is just sending, and since Go 1.25 those that were accepted
-// and not read yet (golang/go#75591). The file [example/drain.go] ends a server without.
-//
-// Stop ends what waits in this Accept, and not a listener around it that waits for
-// something else first, as a full netutil.LimitListener does. And on Plan 9, where
-// package net's accept knows no deadline, one that waits already takes one more client.
-//
-// [example/drain.go]: https://github.com/c2db162c/stoppablelistener/blob/main/example/drain.go
+// Stop does not wait for the accept loop to return, does not close accepted connections, and
+// does not close the socket, where the kernel keeps adding new connections to the accept
+// queue. So wait for the accept loop, for example with a [sync.WaitGroup]; then close the
+// connections or wait for them; then either Close the socket, which resets the connections
+// in its accept queue, or pass it to New to serve it again. To use the plain
+// *net.TCPListener again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
 func (sl *StoppableListener) Stop() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
 	if sl.stopped() {
-		return // the socket may by now be another wrapper's
+		return // the socket may be in use by another wrapper
 	}
 	close(sl.stop)
-	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where nobody waits
+	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where no goroutine is blocked
 }
 
 // stopped reports whether Stop has been called.
@@ -184,8 +209,8 @@ func (sl *StoppableListener) stopped() bool {
 	}
 }
 
-// endPoll decides what becomes of an accept that failed with err: it begins the next
-// poll and returns nil, or returns what the caller is to see.
+// endPoll is called with the error of an accept. It starts the next poll and returns nil if
+// only the poll has ended; otherwise it returns the error for the caller.
 func (sl *StoppableListener) endPoll(err error) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -198,17 +223,17 @@ func (sl *StoppableListener) endPoll(err error) error {
 	if !sl.deadline.IsZero() && !time.Now().Before(sl.deadline) {
 		return err
 	}
-	_ = sl.beginPoll() // fails only on a closed listener, which the next accept reports
+	_ = sl.startPoll() // fails only on a closed listener, which the next accept reports
 	return nil
 }
 
-// beginPoll moves the wrapped listener's deadline to the end of the next poll.
+// startPoll sets the deadline of the embedded listener to the end of the next poll.
 //
-// It is called with mu held, and not once the stop channel is closed, which Stop does
-// with mu held. So an acceptor that was just about to begin a poll either does so before
-// Stop, whose deadline then replaces its own, or finds the channel closed: no poll can
-// put off the deadline by which Stop wakes the others.
-func (sl *StoppableListener) beginPoll() error {
+// It is called with mu held, and not after the stop channel is closed, which Stop does with
+// mu held. So a goroutine that is about to start a poll either does so before Stop, whose
+// deadline then replaces its own, or finds the channel closed: no poll can postpone the
+// deadline with which Stop interrupts the other goroutines.
+func (sl *StoppableListener) startPoll() error {
 	end := time.Now().Add(pollInterval)
 	if !sl.deadline.IsZero() && sl.deadline.Before(end) {
 		end = sl.deadline

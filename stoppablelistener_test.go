@@ -335,6 +335,65 @@ func TestAcceptOfAListenerClosedBetweenPollsReturnsTheErrorOfPackageNet(t *testi
 	requireNetClosed(t, tcptest.Receive(t, accepted, "return of Accept").Err)
 }
 
+// File
+
+// Starting a child process, and Fd, set blocking mode for the files of package net.
+func TestFileLeavesNonblockingMode(t *testing.T) {
+	const child = "child"
+	if tcptest.ChildRole() == child {
+		return
+	}
+	tcptest.RequireInheritance(t)
+	for name, use := range map[string]func(*testing.T, *os.File){
+		"child process": func(t *testing.T, file *os.File) {
+			cmd, output := tcptest.ChildProcess(t, child)
+			cmd.ExtraFiles = []*os.File{file}
+			require.NoError(t, cmd.Run(), output)
+		},
+		"Fd": func(_ *testing.T, file *os.File) { file.Fd() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := tcptest.Listen(t)
+			t.Cleanup(func() {
+				for range 4 {
+					tcptest.Dial(t, l) // Close would wait for an Accept in blocking mode
+				}
+			})
+			sl := tcptest.Wrap(t, l)
+			waiting := tcptest.AcceptMany(sl, 3)
+			tcptest.AwaitAcceptors(t, 3)
+			file, err := sl.File()
+			require.NoError(t, err)
+			defer file.Close()
+			use(t, file)
+			tcptest.RequireClient(t, tcptest.Dial(t, l), waiting)
+			later := tcptest.Accept(sl)
+			tcptest.AwaitAcceptors(t, 3) // in blocking mode, later would block in a system call
+			sl.Stop()
+			tcptest.RequireStopped(t, waiting, 2)
+			tcptest.RequireStopped(t, later, 1)
+		})
+	}
+}
+
+func TestFileIsADuplicate(t *testing.T) {
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	file, err := sl.File()
+	if err != nil {
+		t.Skip("sockets are not files here: ", err)
+	}
+	second, err := net.FileListener(file)
+	require.NoError(t, err)
+	defer second.Close()
+	require.NoError(t, file.Close())
+	tcptest.RequireClient(t, tcptest.Dial(t, l), tcptest.Accept(sl))
+	require.NoError(t, sl.Close())
+	tcptest.RequireClient(t, tcptest.Dial(t, second), tcptest.Accept(tcptest.Wrap(t, second)))
+	_, err = sl.File()
+	assert.ErrorIs(t, err, net.ErrClosed)
+}
+
 // SetDeadline
 
 func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {

@@ -60,7 +60,7 @@ func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
 	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 }
 
-// The test binary itself is the child process.
+// The test binary itself is the child process. It is started while the parent accepts.
 func TestChildProcessServesTheSameSocket(t *testing.T) {
 	const child = "child"
 	if tcptest.ChildRole() == child {
@@ -92,8 +92,6 @@ func TestChildProcessServesTheSameSocket(t *testing.T) {
 		go func() { served <- serve(sl, "parent", byParent) }()
 		tcptest.Receive(t, parentServes, "100 responses of the parent")
 
-		sl.Stop()
-		tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 		file, err := sl.File()
 		require.NoError(t, err)
 		cmd.ExtraFiles = []*os.File{file}
@@ -101,8 +99,10 @@ func TestChildProcessServesTheSameSocket(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, cmd.Start())
 		require.NoError(t, file.Close())
-		require.NoError(t, l.Close())
 		tcptest.Receive(t, childServes, "100 responses of the child")
+		sl.Stop()
+		tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
+		require.NoError(t, l.Close())
 
 		stopLoad()
 		require.NoError(t, stdin.Close())
