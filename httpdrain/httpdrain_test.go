@@ -1,0 +1,653 @@
+// The tests of this file are the promises of the doc comments. Load is in load_test.go.
+package httpdrain_test
+
+import (
+	"context"
+	"crypto/tls"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"reflect"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/httpdrain"
+	"github.com/c2db162c/stoppablelistener/internal/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+)
+
+// The parallel tests wait most of the time, so the number of processors need not limit them.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "16"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
+// shortGrace is for tests in which the end of the grace period matters.
+const shortGrace = 300 * time.Millisecond
+
+// A service is an http.Server with a Drainer that serves a listener.
+type service struct {
+	server  *http.Server
+	drainer *httpdrain.Drainer
+	sl      *stoppablelistener.StoppableListener
+	config  *tls.Config // nil without TLS
+	served  chan error
+
+	mu     sync.Mutex // guards states
+	states map[net.Conn]http.ConnState
+}
+
+// startService serves handler on l, with TLS if config is not nil, and leaves l open. The
+// grace period is longer than the test, unless the test sets another.
+func startService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
+	s := &service{
+		server: &http.Server{Handler: routes{"/probe": nothing, "": handler}, TLSConfig: config},
+		sl:     tcptest.Wrap(t, l),
+		config: config,
+		served: make(chan error, 1),
+		states: make(map[net.Conn]http.ConnState),
+	}
+	s.server.ConnState = func(conn net.Conn, state http.ConnState) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.states[conn] = state
+	}
+	s.drainer = httpdrain.New(s.server)
+	s.drainer.Grace = 2 * tcptest.Patience
+	go func() {
+		if config == nil {
+			s.served <- s.server.Serve(keepOpen{s.sl})
+		} else {
+			s.served <- s.server.ServeTLS(keepOpen{s.sl}, "", "")
+		}
+	}()
+	t.Cleanup(func() { s.server.Close() })
+	return s
+}
+
+// keepOpen keeps the socket open when http.Server closes its listener.
+type keepOpen struct {
+	*stoppablelistener.StoppableListener
+}
+
+func (l keepOpen) Close() error {
+	l.Stop()
+	return nil
+}
+
+// stop stops the listener and waits for Serve.
+func (s *service) stop(t testing.TB) {
+	s.sl.Stop()
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served, "return of Serve"))
+}
+
+// startDrain stops the listener and calls Drain. It returns when responses carry
+// Connection: close.
+func (s *service) startDrain(t *testing.T, ctx context.Context) <-chan error {
+	probe := s.get(t, "/probe")
+	probe.Response(t) // so it is not in the accept queue any more
+	s.stop(t)
+	drained := s.drain(ctx)
+	tcptest.Await(t, "response with Connection: close", func() bool {
+		probe.Get(t, "/probe")
+		resp, _ := probe.Response(t)
+		return resp.Close
+	})
+	s.awaitConns(t, 1, http.StateClosed) // the probe is no longer in flight
+	return drained
+}
+
+// drain calls Drain in a goroutine.
+func (s *service) drain(ctx context.Context) <-chan error {
+	drained := make(chan error, 1)
+	go func() { drained <- s.drainer.Drain(ctx) }()
+	return drained
+}
+
+func requireDrained(t testing.TB, drained <-chan error) {
+	t.Helper()
+	require.NoError(t, tcptest.Receive(t, drained, "return of Drain"))
+}
+
+// dial connects a client, with TLS if the service has it.
+func (s *service) dial(t testing.TB) *httpload.Conn {
+	return httpload.Dial(t, s.sl.Addr().String(), httpload.ClientTLS(s.config))
+}
+
+// get connects a client that requests path.
+func (s *service) get(t testing.TB, path string) *httpload.Conn {
+	c := s.dial(t)
+	c.Get(t, path)
+	return c
+}
+
+func (s *service) url() string {
+	if s.config != nil {
+		return "https://" + s.sl.Addr().String()
+	}
+	return "http://" + s.sl.Addr().String()
+}
+
+// awaitConns waits until n connections are in that state.
+func (s *service) awaitConns(t *testing.T, n int, state http.ConnState) {
+	t.Helper()
+	tcptest.Await(t, fmt.Sprintf("%d connections in state %v", n, state), func() bool {
+		return s.countConns(state) == n
+	})
+}
+
+func (s *service) countConns(state http.ConnState) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, current := range s.states {
+		if current == state {
+			n++
+		}
+	}
+	return n
+}
+
+var (
+	nothing = http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	flush   = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.(http.Flusher).Flush() })
+	hello   = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "Hello") })
+)
+
+// routes is a handler for each path; that for "" handles the other paths.
+type routes map[string]http.Handler
+
+func (r routes) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	handler, ok := r[req.URL.Path]
+	if !ok {
+		handler = r[""]
+	}
+	handler.ServeHTTP(w, req)
+}
+
+// A blocking handler calls before, sends on entered, waits for release, and calls after.
+type blocking struct {
+	before, after    http.HandlerFunc
+	entered, release chan struct{}
+}
+
+func newBlocking(before, after http.HandlerFunc) *blocking {
+	return &blocking{before, after, make(chan struct{}, 1), make(chan struct{})}
+}
+
+func (b *blocking) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	b.before(w, r)
+	b.entered <- struct{}{}
+	<-b.release
+	b.after(w, r)
+}
+
+func (b *blocking) awaitEntered(t testing.TB) {
+	t.Helper()
+	tcptest.Receive(t, b.entered, "call of the handler")
+}
+
+// eachProtocol runs test with and without TLS.
+func eachProtocol(t *testing.T, test func(t *testing.T, config *tls.Config)) {
+	t.Run("plain", func(t *testing.T) { t.Parallel(); test(t, nil) })
+	t.Run("TLS", func(t *testing.T) { t.Parallel(); test(t, httpload.ServerTLS()) })
+}
+
+// New
+
+func init() { http.Handle("/registered", hello) } // with http.DefaultServeMux
+
+func TestNewWrapsHandlerAndConnState(t *testing.T) {
+	l := tcptest.Listen(t)
+	states := make(chan http.ConnState, 10)
+	server := &http.Server{ConnState: func(_ net.Conn, state http.ConnState) { states <- state }}
+	httpdrain.New(server)
+	go server.Serve(l)
+	defer server.Close()
+	c := httpload.Dial(t, l.Addr().String(), nil)
+	c.Get(t, "/registered")
+	_, body := c.Response(t)
+	assert.Equal(t, "Hello", body)
+	for _, state := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle} {
+		assert.Equal(t, state, tcptest.Receive(t, states, "call of ConnState"))
+	}
+}
+
+func TestNewSetsAGraceForClientsThatComeOnceASecond(t *testing.T) {
+	assert.Equal(t, 1250*time.Millisecond, httpdrain.New(new(http.Server)).Grace)
+}
+
+func TestRequestsAllocateNothing(t *testing.T) {
+	server := &http.Server{Handler: nothing}
+	httpdrain.New(server)
+	conn, _ := net.Pipe()
+	server.ConnState(conn, http.StateNew)
+	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
+	assert.Zero(t, testing.AllocsPerRun(1000, func() {
+		server.ConnState(conn, http.StateActive)
+		server.Handler.ServeHTTP(w, r)
+		server.ConnState(conn, http.StateIdle)
+	}), "allocations per request")
+}
+
+// Handlers
+
+func TestHandlersGetTheResponseWriterOfPackageHTTP(t *testing.T) {
+	for _, proto := range []string{"HTTP/1.1", "HTTP/2.0"} {
+		t.Run(proto, func(t *testing.T) {
+			typeOf := make(chan reflect.Type, 2)
+			handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				assert.Equal(t, proto, r.Proto)
+				typeOf <- reflect.TypeOf(w)
+			})
+			config := httpload.ServerTLS()
+			plain := httptest.NewUnstartedServer(handler)
+			plain.EnableHTTP2, plain.TLS = true, config
+			plain.StartTLS()
+			defer plain.Close()
+			s := startService(t, tcptest.Listen(t), config, handler)
+			for _, url := range []string{plain.URL, s.url()} {
+				_, err := httpload.Post(httpload.NewClient(config, proto == "HTTP/2.0", true), url, "")
+				require.NoError(t, err)
+			}
+			assert.Equal(t, <-typeOf, <-typeOf)
+		})
+	}
+}
+
+// The client does not send the rest of the body. With another ResponseWriter, MaxBytesReader
+// cannot tell the server that it need not wait for that.
+func TestMaxBytesReaderRespondsAtOnce(t *testing.T) {
+	s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, 1))
+		assert.Error(t, err)
+		w.WriteHeader(http.StatusRequestEntityTooLarge)
+	}))
+	c := s.dial(t)
+	c.Send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nxx")
+	resp, _ := c.Response(t)
+	assert.Equal(t, http.StatusRequestEntityTooLarge, resp.StatusCode)
+}
+
+func TestResponsesCarryConnectionClose(t *testing.T) {
+	for name, handler := range map[string]http.HandlerFunc{
+		"nothing":     nothing,
+		"Write":       hello,
+		"WriteHeader": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
+		"Flush":       flush,
+		"ReadFrom": func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.(io.ReaderFrom).ReadFrom(strings.NewReader("Hello"))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startService(t, tcptest.Listen(t), nil, routes{"/": handler})
+			c := s.dial(t)
+			s.awaitConns(t, 1, http.StateNew)
+			drained := s.startDrain(t, context.Background())
+			c.Get(t, "/")
+			resp, _ := c.Response(t)
+			assert.True(t, resp.Close, "the response has no Connection: close")
+			c.RequireClosed(t)
+			requireDrained(t, drained)
+		})
+	}
+}
+
+func TestInformationalResponsesCarryNoConnectionClose(t *testing.T) {
+	s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		hello(w, r)
+	}))
+	c := s.dial(t)
+	s.awaitConns(t, 1, http.StateNew)
+	drained := s.startDrain(t, context.Background())
+	c.StartPost(t, "/")
+	c.Send(t, "x")
+	c.RequireLastResponse(t, "Hello")
+	requireDrained(t, drained)
+}
+
+func TestResponsesThatSwitchProtocolsCarryNoConnectionClose(t *testing.T) {
+	for name, tt := range map[string]struct {
+		request string
+		close   bool
+	}{
+		"WebSocket":       {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", false},
+		"CONNECT":         {"CONNECT test:80 HTTP/1.1\r\nHost: test:80\r\n\r\n", false},
+		"h2c, is ignored": {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n", true},
+		"TLS, is ignored": {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if tt.close {
+					return
+				}
+				if r.Method == http.MethodConnect {
+					w.WriteHeader(http.StatusOK)
+				} else {
+					w.Header().Set("Connection", "Upgrade")
+					w.WriteHeader(http.StatusSwitchingProtocols)
+				}
+				conn, _, err := http.NewResponseController(w).Hijack()
+				if assert.NoError(t, err) {
+					conn.Close()
+				}
+			}))
+			c := s.dial(t)
+			s.awaitConns(t, 1, http.StateNew)
+			drained := s.startDrain(t, context.Background())
+			c.Send(t, tt.request)
+			resp, err := http.ReadResponse(c.Buffered(), &http.Request{Method: "HEAD"})
+			require.NoError(t, err)
+			assert.Equal(t, tt.close, resp.Close, "Connection: close")
+			requireDrained(t, drained)
+		})
+	}
+}
+
+func TestStreamsEndOnRegisterOnShutdown(t *testing.T) {
+	t.Parallel()
+	shutdown := make(chan struct{})
+	stream := newBlocking(flush, hello)
+	stream.release = shutdown
+	s := startService(t, tcptest.Listen(t), nil, stream)
+	s.server.RegisterOnShutdown(func() { close(shutdown) }) // twice would panic
+	s.drainer.Grace = shortGrace
+	c := s.get(t, "/")
+	stream.awaitEntered(t)
+	s.stop(t)
+	requireDrained(t, s.drain(context.Background()))
+	_, body := c.Response(t)
+	assert.Equal(t, "Hello", body)
+}
+
+// Drain
+
+func TestDrainServesOpenConnections(t *testing.T) {
+	eachProtocol(t, func(t *testing.T, config *tls.Config) {
+		b := newBlocking(nothing, hello)
+		s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/blocking": b})
+		inFlight := s.get(t, "/blocking")
+		b.awaitEntered(t)
+		idle := s.get(t, "/")
+		resp, _ := idle.Response(t)
+		assert.False(t, resp.Close, "the response before Drain has Connection: close")
+		half := s.dial(t)
+		half.Send(t, "GET / HTTP/1.1\r\nHost:")
+		unread := s.dial(t)
+		s.awaitConns(t, 1, http.StateActive)
+		s.awaitConns(t, 1, http.StateIdle)
+		s.awaitConns(t, 2, http.StateNew)
+
+		drained := s.startDrain(t, context.Background())
+		unread.Get(t, "/")
+		unread.RequireLastResponse(t, "Hello")
+		half.Send(t, " test\r\n\r\n")
+		half.RequireLastResponse(t, "Hello")
+		idle.Get(t, "/")
+		idle.RequireLastResponse(t, "Hello")
+		close(b.release)
+		_, body := inFlight.Response(t)
+		assert.Equal(t, "Hello", body)
+		inFlight.Get(t, "/") // its response did not say that the connection will be closed
+		inFlight.RequireLastResponse(t, "Hello")
+		requireDrained(t, drained)
+	})
+}
+
+func TestDrainReturnsAtOnceIfNoConnectionIsLeft(t *testing.T) {
+	var shutdowns atomic.Int64
+	s := startService(t, tcptest.Listen(t), nil, hello)
+	called := make(chan struct{})
+	s.server.RegisterOnShutdown(func() { shutdowns.Add(1); close(called) })
+	_, err := httpload.Post(httpload.NewClient(nil, false, false), s.url(), "")
+	require.NoError(t, err)
+	s.stop(t)
+	requireDrained(t, s.drain(context.Background()))
+	tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
+	assert.EqualValues(t, 1, shutdowns.Load())
+}
+
+func TestDrainClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
+	eachProtocol(t, func(t *testing.T, config *tls.Config) {
+		s := startService(t, tcptest.Listen(t), config, hello)
+		s.drainer.Grace = shortGrace
+		idle := s.get(t, "/")
+		idle.Response(t)
+		unused := s.dial(t)
+		httpload.Dial(t, s.sl.Addr().String(), nil) // not even a TLS handshake
+		s.awaitConns(t, 1, http.StateIdle)
+		s.awaitConns(t, 2, http.StateNew)
+
+		s.stop(t)
+		start := time.Now()
+		requireDrained(t, s.drain(context.Background()))
+		took := time.Since(start)
+		assert.GreaterOrEqual(t, took, shortGrace)
+		assert.Less(t, took, 10*shortGrace, "Shutdown would wait five seconds for unused connections")
+		idle.RequireClosed(t)
+		unused.RequireClosed(t)
+	})
+}
+
+// The shortest of several: one that is twice as long is not due to a busy machine.
+func TestDrainTakesTheGracePeriodAndNotMore(t *testing.T) {
+	t.Parallel()
+	shortest := time.Hour
+	for range 10 {
+		s := startService(t, tcptest.Listen(t), nil, hello)
+		s.drainer.Grace = shortGrace
+		s.dial(t)
+		s.awaitConns(t, 1, http.StateNew)
+		s.stop(t)
+		start := time.Now()
+		requireDrained(t, s.drain(context.Background()))
+		if shortest = min(shortest, time.Since(start)); shortest < 2*shortGrace {
+			return
+		}
+	}
+	assert.Less(t, shortest, 2*shortGrace)
+}
+
+func TestDrainAbortsRequestsWhenTheContextIsDone(t *testing.T) {
+	b := newBlocking(nothing, hello)
+	s := startService(t, tcptest.Listen(t), nil, b)
+	called := make(chan struct{})
+	s.server.RegisterOnShutdown(func() { close(called) })
+	c := s.get(t, "/")
+	b.awaitEntered(t)
+	defer close(b.release)
+	ctx, cancel := context.WithCancel(context.Background())
+	drained := s.startDrain(t, ctx)
+	cancel()
+	err := tcptest.Receive(t, drained, "return of Drain")
+	assert.ErrorIs(t, err, context.Canceled)
+	assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
+	c.RequireClosed(t)
+	tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
+}
+
+func TestDrainClosesIdleConnectionsWithoutAnErrorWhenTheContextIsDone(t *testing.T) {
+	s := startService(t, tcptest.Listen(t), nil, hello)
+	idle, unused := s.get(t, "/"), s.dial(t)
+	idle.Response(t)
+	s.awaitConns(t, 1, http.StateIdle)
+	s.awaitConns(t, 1, http.StateNew)
+	ctx, cancel := context.WithCancel(context.Background())
+	drained := s.startDrain(t, ctx)
+	cancel()
+	requireDrained(t, drained)
+	idle.RequireClosed(t)
+	unused.RequireClosed(t)
+}
+
+// Hijacked connections, with a response before (CONNECT) and without (WebSocket). x/net's h2c
+// reports states of connections after it has hijacked them.
+func TestDrainIgnoresHijackedConnections(t *testing.T) {
+	for name, before := range map[string]func(http.ResponseWriter, *service){
+		"at once":           func(http.ResponseWriter, *service) {},
+		"after WriteHeader": func(w http.ResponseWriter, _ *service) { w.WriteHeader(http.StatusOK) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			hijacked := make(chan net.Conn, 1)
+			var s *service
+			s = startService(t, tcptest.Listen(t), nil, routes{"/": hello, "/hijack": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				before(w, s)
+				conn, _, err := http.NewResponseController(w).Hijack()
+				if !assert.NoError(t, err) {
+					return
+				}
+				for _, wrapper := range []net.Conn{conn, struct{ net.Conn }{conn}} {
+					s.server.ConnState(wrapper, http.StateActive)
+					s.server.ConnState(wrapper, http.StateIdle)
+				}
+				hijacked <- conn
+			})})
+			s.drainer.Grace = shortGrace
+			idle := s.get(t, "/")
+			idle.Response(t)
+			c := s.get(t, "/hijack")
+			conn := tcptest.Receive(t, hijacked, "call of the handler")
+			defer conn.Close()
+			s.stop(t)
+			requireDrained(t, s.drain(context.Background()))
+			_, err := io.WriteString(conn, "still open\n")
+			require.NoError(t, err)
+			tcptest.Await(t, "what was sent on the hijacked connection", func() bool {
+				line, err := c.Buffered().ReadString('\n')
+				require.NoError(t, err)
+				return line == "still open\n"
+			})
+		})
+	}
+}
+
+func TestDrainDoesNotWaitForHandlersThatPanicked(t *testing.T) {
+	abort := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	b := newBlocking(flush, abort)
+	s := startService(t, tcptest.Listen(t), nil, routes{"/": abort, "/blocking": b})
+	s.get(t, "/").RequireClosed(t)
+	s.get(t, "/blocking")
+	b.awaitEntered(t)
+	s.stop(t)
+	drained := s.drain(context.Background())
+	close(b.release)
+	requireDrained(t, drained)
+}
+
+// A server that is still accepting stops when the grace period is over.
+func TestDrainStopsServe(t *testing.T) {
+	t.Parallel()
+	s := startService(t, tcptest.Listen(t), nil, hello)
+	s.drainer.Grace = shortGrace
+	s.dial(t)
+	s.awaitConns(t, 1, http.StateNew)
+	requireDrained(t, s.drain(context.Background()))
+	assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, s.served, "return of Serve"))
+}
+
+// One HTTP/2 connection is idle. The other has two requests in flight: one response has not
+// started when Drain is called, the other has.
+func TestDrainShutsDownHTTP2(t *testing.T) {
+	t.Parallel()
+	config := httpload.ServerTLS()
+	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
+	s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/before": before, "/started": started})
+	s.drainer.Grace = shortGrace
+	shutdown := make(chan struct{})
+	s.server.RegisterOnShutdown(func() { close(shutdown) })
+
+	idle, busy := httpload.NewClient(config, true, true), httpload.NewClient(config, true, true)
+	body, err := httpload.Post(idle, s.url(), "")
+	require.NoError(t, err)
+	require.Equal(t, "Hello", body)
+	bodies := make(chan string, 2)
+	for path, b := range map[string]*blocking{"/before": before, "/started": started} {
+		go func() {
+			body, err := httpload.Post(busy, s.url()+path, "")
+			assert.NoError(t, err)
+			bodies <- body
+		}()
+		b.awaitEntered(t)
+	}
+
+	s.stop(t)
+	drained := s.drain(context.Background())
+	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+	s.awaitConns(t, 1, http.StateClosed) // the idle one: its client has received GOAWAY
+	close(before.release)
+	close(started.release)
+	assert.Equal(t, "Hello", tcptest.Receive(t, bodies, "response"))
+	assert.Equal(t, "Hello", tcptest.Receive(t, bodies, "response"))
+	requireDrained(t, drained)
+}
+
+// Shutdown can miss an HTTP/2 connection that has just been set up, so that its client never
+// gets GOAWAY. The test reports the states of two such connections itself. One is idle before
+// Shutdown is called, the other one later.
+func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes two seconds")
+	}
+	t.Parallel()
+	server := &http.Server{Handler: nothing}
+	drainer := httpdrain.New(server)
+	drainer.Grace = 0
+	shutdown := make(chan struct{})
+	server.RegisterOnShutdown(func() { close(shutdown) })
+	var conns, clients [2]net.Conn
+	for i := range conns {
+		conns[i], clients[i] = net.Pipe()
+		server.ConnState(conns[i], http.StateNew)
+		server.ConnState(conns[i], http.StateActive)
+	}
+	server.ConnState(conns[0], http.StateIdle)
+	drained := make(chan error, 1)
+	go func() { drained <- drainer.Drain(context.Background()) }()
+	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+	time.Sleep(shortGrace) // now Drain waits
+	server.ConnState(conns[1], http.StateIdle)
+	for i, client := range clients {
+		require.NoError(t, client.SetReadDeadline(time.Now().Add(tcptest.Patience)))
+		_, err := client.Read(make([]byte, 1))
+		require.Equal(t, io.EOF, err, "idle connection %d is not closed", i)
+		server.ConnState(conns[i], http.StateClosed)
+	}
+	requireDrained(t, drained)
+}
+
+// GOAWAY, which an HTTP/2 response with Connection: close would send, fails requests that the
+// client has just sent; the grace period postpones it.
+func TestHTTP2ResponsesCarryNoConnectionClose(t *testing.T) {
+	config := httpload.ServerTLS()
+	headers := make(chan http.Header, 1)
+	s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor == 2 {
+			headers <- w.Header().Clone()
+		}
+	}))
+	client := httpload.NewClient(config, true, true)
+	_, err := httpload.Post(client, s.url(), "")
+	require.NoError(t, err)
+	assert.Empty(t, <-headers)
+	drained := s.startDrain(t, context.Background())
+	_, err = httpload.Post(client, s.url(), "")
+	require.NoError(t, err)
+	assert.Empty(t, <-headers)
+	client.CloseIdleConnections()
+	requireDrained(t, drained)
+}

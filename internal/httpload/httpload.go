@@ -1,0 +1,244 @@
+// Package httpload is what the HTTP tests of this module share: clients that write HTTP/1
+// themselves, clients that send requests without pause, and certificates.
+package httpload
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+)
+
+// A Conn is a connection of a client that writes HTTP/1 itself.
+type Conn struct {
+	net.Conn
+	reader *bufio.Reader
+}
+
+// Dial connects to addr, with TLS if config is not nil, until the test ends.
+func Dial(t testing.TB, addr string, config *tls.Config) *Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	require.NoError(t, err)
+	t.Cleanup(func() { conn.Close() })
+	require.NoError(t, conn.SetDeadline(time.Now().Add(2*tcptest.Patience)))
+	if config != nil {
+		secure := tls.Client(conn, config)
+		require.NoError(t, secure.Handshake())
+		conn = secure
+	}
+	return &Conn{conn, bufio.NewReader(conn)}
+}
+
+// Send writes text.
+func (c *Conn) Send(t testing.TB, text string) {
+	t.Helper()
+	_, err := io.WriteString(c, text)
+	require.NoError(t, err)
+}
+
+// Get sends a GET request.
+func (c *Conn) Get(t testing.TB, path string) {
+	t.Helper()
+	c.Send(t, "GET "+path+" HTTP/1.1\r\nHost: test\r\n\r\n")
+}
+
+// StartPost sends a POST request but for its body, which is one byte, and returns when the
+// handler has started to read that.
+func (c *Conn) StartPost(t testing.TB, path string) {
+	t.Helper()
+	c.Send(t, "POST "+path+" HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+	resp, _ := c.Response(t)
+	require.Equal(t, http.StatusContinue, resp.StatusCode)
+}
+
+// Response returns the next response and its body.
+func (c *Conn) Response(t testing.TB) (*http.Response, string) {
+	t.Helper()
+	resp, err := http.ReadResponse(c.reader, nil)
+	require.NoError(t, err, "reading the response")
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err, "reading the body of the response")
+	return resp, string(body)
+}
+
+// RequireLastResponse wants a response with that body and Connection: close, after which the
+// connection is closed.
+func (c *Conn) RequireLastResponse(t testing.TB, body string) {
+	t.Helper()
+	resp, got := c.Response(t)
+	assert.Equal(t, body, got)
+	assert.True(t, resp.Close, "the response has no Connection: close")
+	c.RequireClosed(t)
+}
+
+// RequireClosed waits until the server has closed the connection.
+func (c *Conn) RequireClosed(t testing.TB) {
+	t.Helper()
+	_, err := c.reader.ReadByte()
+	assert.ErrorIs(t, err, io.EOF, "the connection is not closed")
+}
+
+// AwaitClosed waits until the server has closed or reset the connection, and ignores what it
+// sends before.
+func (c *Conn) AwaitClosed(t testing.TB) {
+	t.Helper()
+	_, err := io.Copy(io.Discard, c.reader)
+	assert.NotErrorIs(t, err, os.ErrDeadlineExceeded, "the connection is not closed")
+}
+
+// Buffered returns the connection as a reader that includes what has been read ahead.
+func (c *Conn) Buffered() *bufio.Reader { return c.reader }
+
+// What the body of a response to a [Load] must be.
+const (
+	Echo = "" // the body of the request
+	Any  = "any"
+)
+
+// A Load is clients that send requests without pause.
+type Load struct {
+	url  string
+	stop atomic.Bool
+	done sync.WaitGroup
+
+	succeeded, failed atomic.Int64
+	firstError        atomic.Pointer[error]
+	longest           atomic.Int64 // in nanoseconds
+}
+
+// Start starts clients that post to url, each one request after the other on connections of
+// its own, until Stop is called or the test ends. The responses must have the body want.
+func Start(t testing.TB, url string, clients int, want string, newClient func() *http.Client) *Load {
+	ld := &Load{url: url}
+	t.Cleanup(ld.Stop)
+	for i := range clients {
+		ld.done.Add(1)
+		go func() {
+			defer ld.done.Done()
+			client := newClient()
+			defer client.CloseIdleConnections()
+			for n := 0; !ld.stop.Load(); n++ {
+				ld.post(client, fmt.Sprintf("client %d, request %d", i, n), want)
+			}
+		}()
+	}
+	return ld
+}
+
+func (ld *Load) post(client *http.Client, text, want string) {
+	start := time.Now()
+	body, err := Post(client, ld.url, text)
+	if want == Echo {
+		want = text
+	}
+	if err == nil && want != Any && body != want {
+		err = fmt.Errorf("the body of the response is %q, not %q", body, want)
+	}
+	if err != nil {
+		ld.failed.Add(1)
+		ld.firstError.CompareAndSwap(nil, &err)
+		return
+	}
+	ld.succeeded.Add(1)
+	took := int64(time.Since(start))
+	for longest := ld.longest.Load(); took > longest && !ld.longest.CompareAndSwap(longest, took); {
+		longest = ld.longest.Load()
+	}
+}
+
+// Stop waits until the clients have returned.
+func (ld *Load) Stop() {
+	ld.stop.Store(true)
+	ld.done.Wait()
+}
+
+// AwaitRequests waits until n more requests have succeeded.
+func (ld *Load) AwaitRequests(t testing.TB, n int64) {
+	t.Helper()
+	enough := ld.succeeded.Load() + n
+	tcptest.Await(t, fmt.Sprintf("%d more responses", n), func() bool { return ld.succeeded.Load() >= enough })
+}
+
+// Failed returns how many requests have failed.
+func (ld *Load) Failed() int64 { return ld.failed.Load() }
+
+// Longest returns how long the longest request has taken.
+func (ld *Load) Longest() time.Duration { return time.Duration(ld.longest.Load()) }
+
+// RequireNoneFailed stops the load and fails the test with the first error, if a request
+// has failed.
+func (ld *Load) RequireNoneFailed(t testing.TB) {
+	t.Helper()
+	ld.Stop()
+	if failed := ld.failed.Load(); failed > 0 {
+		require.Failf(t, "requests failed", "%d of %d, the first with: %v",
+			failed, failed+ld.succeeded.Load(), *ld.firstError.Load())
+	}
+	t.Logf("%d requests, none failed, the longest took %v", ld.succeeded.Load(), ld.Longest())
+}
+
+// NewClient returns a client with connections of its own. It resets them when it closes
+// them: thousands that are closed otherwise would use up the ports of the machine.
+func NewClient(server *tls.Config, http2, keepAlive bool) *http.Client {
+	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return conn, conn.(*net.TCPConn).SetLinger(0)
+	}
+	return &http.Client{Timeout: 2 * tcptest.Patience, Transport: &http.Transport{
+		DialContext:       dial,
+		TLSClientConfig:   ClientTLS(server),
+		ForceAttemptHTTP2: http2,
+		DisableKeepAlives: !keepAlive,
+	}}
+}
+
+// Post posts body and returns the body of the response.
+func Post(client *http.Client, url, body string) (string, error) {
+	resp, err := client.Post(url, "text/plain", strings.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	return string(bytes.TrimSpace(got)), err
+}
+
+// ServerTLS returns httptest's certificate, which is its own authority.
+func ServerTLS() *tls.Config {
+	s := httptest.NewTLSServer(nil)
+	s.Close()
+	return &tls.Config{Certificates: s.TLS.Certificates}
+}
+
+// ClientTLS returns what a client needs for the server; nil for nil.
+func ClientTLS(server *tls.Config) *tls.Config {
+	if server == nil {
+		return nil
+	}
+	roots := x509.NewCertPool()
+	cert, _ := x509.ParseCertificate(server.Certificates[0].Certificate[0])
+	roots.AddCert(cert)
+	return &tls.Config{RootCAs: roots, ServerName: "example.com"}
+}
