@@ -1,0 +1,227 @@
+// Package proctest runs the test binary as the program under test, in processes of its own.
+//
+// Each process reports to the test and stays connected until it exits, so the test knows
+// of all processes, including those that were started by others.
+package proctest
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+)
+
+const (
+	reportEnv  = "STOPPABLELISTENER_TEST_REPORT"  // address to report to
+	pathEnv    = "STOPPABLELISTENER_TEST_PATH"    // at which the program is installed
+	versionEnv = "STOPPABLELISTENER_TEST_VERSION" // that is installed
+)
+
+// Main runs the tests or, in a process that a test has started, program. TestMain calls it.
+func Main(m *testing.M, program func(version string)) {
+	addr := os.Getenv(reportEnv)
+	if addr == "" {
+		os.Exit(m.Run())
+	}
+	conn, err := net.Dial("tcp", addr)
+	if err == nil {
+		_, err = fmt.Fprintln(conn, os.Getpid(), os.Getenv(versionEnv))
+	}
+	if err != nil {
+		panic(err)
+	}
+	if path := os.Getenv(pathEnv); path != "" {
+		os.Args[0] = path
+	}
+	program(os.Getenv(versionEnv))
+	runtime.KeepAlive(conn)
+}
+
+// A Program is a command and all processes that it has started.
+type Program struct {
+	*exec.Cmd
+	Processes <-chan Process // as they start
+	stdout    *os.File       // what all processes write to standard output
+	lines     *bufio.Scanner // of stdout
+	stderr    *os.File       // what all processes write to standard error
+}
+
+// A Process runs one version of the program.
+type Process struct {
+	*os.Process
+	Version string
+	Exited  <-chan struct{} // closed when the process has exited
+}
+
+// AwaitExit waits until the process has exited.
+func (p Process) AwaitExit(t testing.TB) {
+	t.Helper()
+	tcptest.Receive(t, p.Exited, fmt.Sprintf("exit of process %d, version %q", p.Pid, p.Version))
+}
+
+// Start starts the command. Its processes are killed when the test ends.
+func Start(t testing.TB, cmd *exec.Cmd) *Program {
+	t.Helper()
+	processes, addr := awaitProcesses(t)
+	p := &Program{Cmd: cmd, Processes: processes}
+	if cmd.Env == nil {
+		cmd.Env = os.Environ()
+	}
+	// The race detector would make each process wait for a second before it exits.
+	cmd.Env = append(cmd.Env, reportEnv+"="+addr, "GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE"))
+	stdout, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer w.Close()
+	p.stdout, p.lines = stdout, bufio.NewScanner(stdout)
+	p.stderr, err = os.CreateTemp(t.TempDir(), "stderr")
+	require.NoError(t, err)
+	if cmd.Stdout == nil {
+		cmd.Stdout = w
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = p.stderr
+	}
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		stdout.Close()
+		p.stderr.Close()
+	})
+	return p
+}
+
+// awaitProcesses receives the reports of processes, which they send to addr.
+func awaitProcesses(t testing.TB) (processes <-chan Process, addr string) {
+	l := tcptest.Listen(t)
+	ch := make(chan Process, 1000)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			process, err := receiveReport(conn)
+			if err == io.EOF {
+				continue // killed before it could report
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() {
+				select {
+				case <-process.Exited:
+				default:
+					_ = process.Kill()
+					<-process.Exited
+				}
+			})
+			ch <- process
+		}
+	}()
+	return ch, l.Addr().String()
+}
+
+func receiveReport(conn net.Conn) (Process, error) {
+	reader := bufio.NewReader(conn)
+	line, err := reader.ReadString('\n')
+	if err != nil {
+		return Process{}, err
+	}
+	var pid int
+	var version string
+	_, _ = fmt.Sscan(line, &pid, &version) // the version may be empty
+	process, err := os.FindProcess(pid)
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_, _ = reader.ReadByte()
+		conn.Close()
+	}()
+	return Process{process, version, exited}, err
+}
+
+// Self returns the path of the test binary.
+func Self(t testing.TB) string {
+	path, err := os.Executable()
+	require.NoError(t, err)
+	return path
+}
+
+// Next waits for the next process that starts.
+func (p *Program) Next(t testing.TB) Process {
+	t.Helper()
+	return tcptest.Receive(t, p.Processes, "start of a process; standard error: "+p.Errors(t))
+}
+
+// Line returns the next line of standard output, or "EOF" when no process has it open.
+func (p *Program) Line(t testing.TB) string {
+	t.Helper()
+	line := make(chan string, 1)
+	go func() {
+		if p.lines.Scan() {
+			line <- p.lines.Text()
+		} else {
+			line <- "EOF"
+		}
+	}()
+	return tcptest.Receive(t, line, "line on standard output")
+}
+
+// CloseOutput closes the pipe to which the processes write their standard output.
+func (p *Program) CloseOutput(t testing.TB) {
+	require.NoError(t, p.stdout.Close())
+}
+
+// RequireLines requires these lines to be the next ones on standard output.
+func (p *Program) RequireLines(t testing.TB, lines ...string) {
+	t.Helper()
+	for _, line := range lines {
+		require.Equal(t, line, p.Line(t), "standard error: %s", p.Errors(t))
+	}
+}
+
+// Errors returns what has been written to standard error so far.
+func (p *Program) Errors(t testing.TB) string {
+	text, err := os.ReadFile(p.stderr.Name())
+	require.NoError(t, err)
+	return string(text)
+}
+
+// Signal sends sig to a process. It skips the test where there are no signals.
+func Signal(t testing.TB, p *os.Process, sig os.Signal) {
+	t.Helper()
+	err := p.Signal(sig)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip(err)
+	}
+	require.NoError(t, err)
+}
+
+// RequireStatus waits for the first process to exit and requires its exit status.
+func (p *Program) RequireStatus(t testing.TB, status int) {
+	t.Helper()
+	exited := make(chan error, 1)
+	go func() { exited <- p.Wait() }()
+	err := tcptest.Receive(t, exited, "exit of the first process; standard error: "+p.Errors(t))
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
+		require.NoError(t, err)
+	}
+	require.Equal(t, status, p.ProcessState.ExitCode(), "exit status of the first process (%v); standard error: %s", p.ProcessState, p.Errors(t))
+}
+
+// RequireNoProcess requires that no process has the standard output open.
+func (p *Program) RequireNoProcess(t testing.TB) {
+	t.Helper()
+	require.Equal(t, "EOF", p.Line(t), "a process is running, or has written this line")
+}
