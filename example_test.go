@@ -18,8 +18,7 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 )
 
-// Stop ends Serve, and the connections go on: the request in flight is answered in full.
-// To end those too, and fail no request, copy drain.go from the folder example.
+// Ctrl+C or SIGTERM stops the listener, whereupon Serve returns.
 func Example() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -30,18 +29,45 @@ func Example() {
 		log.Fatal(err)
 	}
 
-	inFlight, finish := make(chan struct{}), make(chan struct{})
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, sl.Stop)
+	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
+
+	go cancel() // in this example only, instead of Ctrl+C
+
+	if err := http.Serve(sl, http.NotFoundHandler()); err != stoppablelistener.StoppedError {
+		log.Fatal(err)
+	}
+	fmt.Println("stopped")
+
+	// Output:
+	// stopped
+}
+
+// Stop does not close connections: the request in flight gets its response. To wait for such
+// requests, use package httpdrain.
+func Example_requestInFlight() {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	sl, err := stoppablelistener.New(l)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	entered, release := make(chan struct{}), make(chan struct{})
 	handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		close(inFlight)
-		<-finish
+		close(entered)
+		<-release
 		fmt.Fprint(w, "Hello HTTP!")
 	})
 	served := make(chan error)
 	go func() { served <- http.Serve(sl, handler) }()
 
-	answer := make(chan string)
+	response := make(chan string)
 	go func() {
-		defer close(answer)
+		defer close(response)
 		resp, err := http.Get("http://" + l.Addr().String())
 		if err != nil {
 			log.Print(err)
@@ -53,9 +79,9 @@ func Example() {
 			log.Print(err)
 			return
 		}
-		answer <- string(body)
+		response <- string(body)
 	}()
-	<-inFlight
+	<-entered
 
 	sl.Stop()
 	if err := <-served; err != stoppablelistener.StoppedError {
@@ -63,39 +89,15 @@ func Example() {
 	}
 	fmt.Println("Serve has returned")
 
-	close(finish)
-	fmt.Println(<-answer)
+	close(release)
+	fmt.Println(<-response)
 
 	// Output:
 	// Serve has returned
 	// Hello HTTP!
 }
 
-// Ctrl+C, SIGTERM, or whatever else ends a context, stops the listener.
-func Example_signals() {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Fatal(err)
-	}
-	sl, err := stoppablelistener.New(l)
-	if err != nil {
-		log.Fatal(err)
-	}
-
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer cancel()
-	context.AfterFunc(ctx, sl.Stop)
-
-	go cancel() // here in place of Ctrl+C
-
-	err = http.Serve(sl, http.NotFoundHandler())
-	fmt.Println(err == stoppablelistener.StoppedError)
-
-	// Output:
-	// true
-}
-
-// A standard server without any stop of its own: net/rpc's Accept ends on any error.
+// Package net/rpc has no way to stop its accept loop, which returns on the first error.
 func Example_rpc() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -115,7 +117,7 @@ func Example_rpc() {
 	serving.Add(1)
 	go func() {
 		defer serving.Done()
-		server.Accept(sl) // logs StoppedError as it ends
+		server.Accept(sl) // logs StoppedError when it returns
 	}()
 
 	client, err := rpc.Dial("tcp", l.Addr().String())
@@ -133,7 +135,7 @@ func Example_rpc() {
 	serving.Wait()
 	fmt.Println("Accept has returned")
 
-	// The connection is the client's to end.
+	// The connection stays open until the client closes it.
 	if err := client.Call("Greeter.Greet", "again", &greeting); err != nil {
 		log.Fatal(err)
 	}
@@ -148,13 +150,13 @@ func Example_rpc() {
 // Greeter is the service of the net/rpc example.
 type Greeter struct{}
 
-// Greet puts a greeting for name into reply.
+// Greet sets reply to a greeting for name.
 func (Greeter) Greet(name string, reply *string) error {
 	*reply = "Hello " + name + "!"
 	return nil
 }
 
-// New refuses what it cannot wrap, and says what it was given.
+// The error of New names the type of the listener that it cannot wrap.
 func ExampleNew() {
 	_, err := stoppablelistener.New(nil)
 	fmt.Println(err)
@@ -182,8 +184,8 @@ func ExampleNew() {
 	// true
 }
 
-// The accept loop of a TCP protocol, here echo, ends cleanly on StoppedError and
-// then waits for its connections.
+// The accept loop of a TCP protocol, here echo, returns on StoppedError after it has waited
+// for its connections.
 func ExampleStoppableListener_Accept() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -241,8 +243,8 @@ func ExampleStoppableListener_Accept() {
 	// <nil>
 }
 
-// The same socket is stopped and served again. The client that comes in between
-// waits in the kernel's queue, and the next server answers it.
+// The same socket is served again after Stop. The client that connects in between waits in
+// the accept queue, and gets its response from the next server.
 func ExampleStoppableListener_Stop() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -250,14 +252,14 @@ func ExampleStoppableListener_Stop() {
 	}
 	defer l.Close()
 
-	// serve answers requests on l with the name, until stop is called.
+	// serve starts a server on l that responds with its name, until stop is called.
 	serve := func(name string) (stop func()) {
 		sl, err := stoppablelistener.New(l)
 		if err != nil {
 			log.Fatal(err)
 		}
 		handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintln(w, "answered by the", name)
+			fmt.Fprintln(w, "response of the", name)
 		})
 		served := make(chan error)
 		go func() { served <- http.Serve(keepOpen{sl}, handler) }()
@@ -293,16 +295,16 @@ func ExampleStoppableListener_Stop() {
 	stopSecond()
 
 	// Output:
-	// answered by the second
+	// response of the second
 }
 
-// keepOpen keeps the socket open when http.Server closes its listener, which Serve does
-// as it returns, and Shutdown and Close while they wait for Serve to return.
+// keepOpen keeps the socket open when Serve, Shutdown or Close of an http.Server close its
+// listener.
 type keepOpen struct {
 	*stoppablelistener.StoppableListener
 }
 
-// Close ends Serve, and leaves the socket to be served again.
+// Close calls Stop, so that Serve returns. Shutdown and Close of the server wait for that.
 func (l keepOpen) Close() error {
 	l.Stop()
 	return nil

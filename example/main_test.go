@@ -1,18 +1,9 @@
 package main
 
 import (
-	"bufio"
-	"context"
-	"errors"
-	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"os/signal"
-	"runtime"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -20,341 +11,135 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/tcptest"
 )
 
-// controlEnv makes the test binary run the program instead of its tests. Its value is the
-// address at which each process that does so reports, and then stays connected.
-const controlEnv = "STOPPABLELISTENER_EXAMPLE_CONTROL"
+// In the processes that the tests start, the test binary is the program.
+func TestMain(m *testing.M) { proctest.Main(m, func(string) { main() }) }
 
-// The test binary then plays a version of the program, installed at a path, with a patience.
-const (
-	versionEnv = "STOPPABLELISTENER_EXAMPLE_VERSION"
-	pathEnv    = "STOPPABLELISTENER_EXAMPLE_PATH"
-	timeoutEnv = "STOPPABLELISTENER_EXAMPLE_TIMEOUT"
-)
-
-const (
-	hangs     = "hangs"     // a version that never serves
-	shutsDown = "shutsDown" // a version that ends with Shutdown, once it has been replaced
-)
-
-func TestMain(m *testing.M) {
-	addr := os.Getenv(controlEnv)
-	if addr == "" {
-		os.Exit(m.Run())
-	}
-	version := os.Getenv(versionEnv)
-	control, err := net.Dial("tcp", addr)
-	if err == nil {
-		_, err = fmt.Fprintln(control, os.Getpid(), version)
-	}
-	if err != nil {
-		panic(err)
-	}
-	if path := os.Getenv(pathEnv); path != "" {
-		os.Args[0] = path
-	}
-	if timeout, err := time.ParseDuration(os.Getenv(timeoutEnv)); err == nil {
-		drainTimeout, restartTimeout = timeout, timeout
-	}
-	hello := page
-	page = func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body) // says when a request is in progress, as hold asks
-		hello(w, r)
-	}
-	switch version {
-	case hangs:
-		_, _ = control.Read(make([]byte, 1))
-	case shutsDown:
-		shutDownMain()
-	default:
-		main()
-	}
-	runtime.KeepAlive(control)
-}
-
-// shutDownMain is main, but for Shutdown in place of the drainer.
-func shutDownMain() {
-	l, err := inherit(3)
-	if err != nil {
-		panic(err)
-	}
-	sl, err := stoppablelistener.New(l)
-	if err != nil {
-		panic(err)
-	}
-	end, replace := make(chan os.Signal, 1), make(chan os.Signal, 1)
-	signal.Notify(end, syscall.SIGTERM)
-	notifyRestart(replace)
-	server := &http.Server{Handler: page}
-	fmt.Println("Serving HTTP")
-	ready()
-	replaced, err := serveUntil(end, replace, server, sl)
-	if err == nil && replaced {
-		err = restart(context.Background(), sl.TCPListener)
-	}
-	if err == nil {
-		err = server.Shutdown(context.Background())
-	}
-	if err != nil {
-		panic(err)
-	}
-}
-
-// A program is the example, as a process of its own and those that it restarts as.
-type program struct {
-	*exec.Cmd
-	lines     *bufio.Scanner // the standard output of all its processes
-	stderr    *os.File
-	processes <-chan process // as they begin
-}
-
-// A process has one version of the program, and ends some day.
-type process struct {
-	*os.Process
-	version string
-	ended   <-chan struct{}
-}
-
-// start starts the program with args.
-func start(t testing.TB, args ...string) *program {
-	p := &program{Cmd: exec.Command(self(t), args...)}
-	p.start(t)
-	return p
-}
-
-// start starts the program; what is left of it is killed when the test ends. A short run
-// starts none.
-func (p *program) start(t testing.TB) {
-	if testing.Short() {
-		t.Skip("starts a process")
-	}
-	processes, addr := awaitProcesses(t)
-	p.processes = processes
-	p.Env = append(os.Environ(), controlEnv+"="+addr)
-	stdout, w, err := os.Pipe()
-	require.NoError(t, err)
-	defer w.Close()
-	p.Stdout, p.lines = w, bufio.NewScanner(stdout)
-	p.stderr, err = os.CreateTemp(t.TempDir(), "")
-	require.NoError(t, err)
-	p.Stderr = p.stderr
-	require.NoError(t, p.Start())
-	t.Cleanup(func() {
-		_ = p.Process.Kill()
-		_ = p.Wait()
-		stdout.Close()
-		p.stderr.Close()
-	})
-}
-
-// awaitProcesses returns the processes that report at addr, as they begin to run, and kills
-// those that are left when the test ends.
-func awaitProcesses(t testing.TB) (processes <-chan process, addr string) {
-	l := tcptest.Listen(t)
-	ch := make(chan process, 100)
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			var pid int
-			var version string
-			control := bufio.NewReader(conn)
-			line, err := control.ReadString('\n')
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			_, _ = fmt.Sscan(line, &pid, &version) // the version may be empty
-			running, err := os.FindProcess(pid)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			ended := make(chan struct{})
-			go func() {
-				defer close(ended)
-				_, _ = control.ReadByte()
-			}()
-			t.Cleanup(func() {
-				select {
-				case <-ended:
-				default:
-					_ = running.Kill()
-					<-ended
-				}
-			})
-			ch <- process{running, version, ended}
-		}
-	}()
-	return ch, l.Addr().String()
-}
-
-// self is the path of the test binary.
-func self(t testing.TB) string {
-	path, err := os.Executable()
-	require.NoError(t, err)
-	return path
-}
-
-// line returns the next line of standard output, and "EOF" when no process is left to write
-// one.
-func (p *program) line() string {
-	if !p.lines.Scan() {
-		return "EOF"
-	}
-	return p.lines.Text()
-}
-
-// errors returns what the program has written to standard error.
-func (p *program) errors(t testing.TB) string {
-	text, err := os.ReadFile(p.stderr.Name())
-	require.NoError(t, err)
-	return string(text)
-}
-
-// signal sends one of the program's processes its first signal, and returns when that waits
-// for the server. Windows has no signals, which skips the test.
-func (p *program) signal(t testing.TB, to *os.Process, sig os.Signal) {
-	err := to.Signal(sig)
-	if errors.Is(err, errors.ErrUnsupported) {
-		t.Skip(err)
-	}
-	require.NoError(t, err)
-	for _, line := range []string{"Got signal:" + sig.String(), "Stopping listener", "Waiting on server"} {
-		require.Equal(t, line, p.line())
-	}
-}
-
-// status waits for the program to end and returns its exit status.
-func (p *program) status(t testing.TB) int {
-	err := p.Wait()
-	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
-		require.NoError(t, err)
-	}
-	return p.ProcessState.ExitCode()
-}
-
-// startServing starts the program on a free port. If somebody else takes that port first, it
-// tries another.
-func startServing(t testing.TB) (p *program, addr string) {
+// startServing starts the program at path on a free port. If another process takes that port
+// first, it tries another.
+func startServing(t testing.TB, path string) (p *proctest.Program, addr string) {
+	t.Helper()
 	for range 10 {
 		l := tcptest.Listen(t)
 		addr = l.Addr().String()
 		require.NoError(t, l.Close())
-		p = start(t, "-addr", addr)
-		if p.line() == "Serving HTTP" {
+		p = proctest.Start(t, exec.Command(path, "-addr", addr))
+		if p.Line(t) == "Serving HTTP" {
 			return p, addr
 		}
-		require.Equal(t, 1, p.status(t), p.errors(t))
+		p.RequireStatus(t, 1)
 	}
-	require.FailNow(t, "no free port", p.errors(t))
+	require.FailNow(t, "no free port: "+p.Errors(t))
 	return nil, ""
 }
 
-// hold begins a request to addr that one byte more completes, and returns when its handler
-// waits for that.
-func hold(t testing.TB, addr string) *client {
-	c := dial(t, addr, nil)
-	c.send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
-	resp, _ := c.answer(t)
-	require.Equal(t, http.StatusContinue, resp.StatusCode)
+// startRequest sends a request without its body of one byte, which the server waits for. It
+// returns when the connection is not in the accept queue any more.
+func startRequest(t testing.TB, addr string) *httpload.Conn {
+	t.Helper()
+	c := httpload.Dial(t, addr, nil)
+	c.Send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\n\r\n")
+	later := httpload.Dial(t, addr, nil)
+	later.Get(t, "/")
+	later.Response(t)
+	later.Close()
 	return c
 }
 
-func TestSignalEndsInOrder(t *testing.T) {
+func finishRequest(t testing.TB, c *httpload.Conn) {
+	t.Helper()
+	c.Send(t, "x")
+	_, body := c.Response(t)
+	require.Equal(t, "Hello HTTP!\n", body)
+	c.Close()
+}
+
+// requireStopping requires the lines of the program after a signal.
+func requireStopping(t testing.TB, p *proctest.Program, sig os.Signal) {
+	t.Helper()
+	p.RequireLines(t, "Got signal:"+sig.String(), "Stopping listener", "Waiting on server")
+}
+
+func TestSignalShutsDownGracefully(t *testing.T) {
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
-			p, addr := startServing(t)
-			p.requireOrder(t, addr, sig)
+			t.Parallel()
+			p, addr := startServing(t, proctest.Self(t))
+			half := httpload.Dial(t, addr, nil)
+			half.Send(t, "GET / HTTP/1.1\r\nHost:")
+			inFlight := startRequest(t, addr)
+			proctest.Signal(t, p.Process, sig)
+			requireStopping(t, p, sig)
+			tcptest.Await(t, "refusal of new connections", func() bool {
+				conn, err := net.Dial("tcp", addr)
+				if err == nil {
+					conn.Close()
+				}
+				return err != nil
+			})
+			half.Send(t, " test\r\n\r\n")
+			_, body := half.Response(t)
+			assert.Equal(t, "Hello HTTP!\n", body)
+			half.Close()
+			finishRequest(t, inFlight)
+			p.RequireStatus(t, 0)
+			p.RequireNoProcess(t)
+			assert.Empty(t, p.Errors(t))
 		})
 	}
 }
 
-// requireOrder ends the program with sig, and wants that to be in order.
-func (p *program) requireOrder(t testing.TB, addr string, sig os.Signal) {
-	slow := hold(t, addr)
-	p.signal(t, p.Process, sig)
-	await(t, func() bool { // nobody queues for nothing
-		conn, err := net.Dial("tcp", addr)
-		if err == nil {
-			conn.Close()
-		}
-		return err != nil
-	})
-	slow.send(t, "x")
-	resp, body := slow.answer(t)
-	for !resp.Close { // the handler was faster than the drain
-		slow.get(t, "/")
-		resp, body = slow.answer(t)
+func TestSecondSignalExitsAtOnce(t *testing.T) {
+	t.Parallel()
+	p, addr := startServing(t, proctest.Self(t))
+	inFlight := startRequest(t, addr)
+	proctest.Signal(t, p.Process, os.Interrupt)
+	requireStopping(t, p, os.Interrupt)
+	start := time.Now()
+	proctest.Signal(t, p.Process, os.Interrupt)
+	p.RequireStatus(t, 1)
+	assert.Less(t, time.Since(start), drainTimeout/2, "time until exit")
+	assert.Empty(t, p.Errors(t))
+	inFlight.AwaitClosed(t)
+}
+
+func TestRequestsInFlightAreAbortedAfterTenSeconds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes ten seconds")
 	}
-	assert.Equal(t, "Hello HTTP!\n", body)
-
-	assert.Equal(t, "EOF", p.line())
-	assert.Zero(t, p.status(t))
-	assert.Empty(t, p.errors(t))
+	t.Parallel()
+	p, addr := startServing(t, proctest.Self(t))
+	inFlight := startRequest(t, addr)
+	proctest.Signal(t, p.Process, os.Interrupt)
+	requireStopping(t, p, os.Interrupt)
+	inFlight.AwaitClosed(t)
+	p.RequireStatus(t, 1)
+	assert.Equal(t, "httpdrain: requests in flight aborted: context deadline exceeded\n", p.Errors(t))
 }
 
-func TestRequestsAreCutOffInTheEnd(t *testing.T) {
-	t.Setenv(timeoutEnv, "100ms")
-	p, addr := startServing(t)
-	slow := hold(t, addr)
-	p.signal(t, p.Process, os.Interrupt)
-	slow.requireEnd(t)
-	assert.Equal(t, 1, p.status(t))
-	assert.Equal(t, "requests cut off: context deadline exceeded\n", p.errors(t))
-}
-
-func TestSecondSignalEndsAtOnce(t *testing.T) {
-	p, addr := startServing(t)
-	slow := hold(t, addr)
-	p.signal(t, p.Process, os.Interrupt)
-	require.NoError(t, p.Process.Signal(os.Interrupt))
-	second := time.Now()
-	assert.Equal(t, 1, p.status(t))
-	assert.Less(t, time.Since(second), drainTimeout/2)
-	assert.Empty(t, p.errors(t))
-	_, err := slow.Read(make([]byte, 1))
-	assert.Error(t, err, "the request is cut off")
-}
-
-func TestErrorsAreOneLine(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer l.Close()
-
-	for _, tt := range []struct {
-		name   string
+func TestErrors(t *testing.T) {
+	busy := tcptest.Listen(t).Addr().String()
+	for name, tt := range map[string]struct {
 		args   []string
 		status int
 		stderr string // a part of it
 	}{
-		{"busy port", []string{"-addr", l.Addr().String()}, 1, l.Addr().String()},
-		{"bad address", []string{"-addr", "nowhere"}, 1, "nowhere"},
-		{"bad flag", []string{"-port", "80"}, 2, "-port"},
-		{"flag without its value", []string{"-addr"}, 2, "-addr"},
-		{"argument", []string{"localhost:80"}, 2, "localhost:80"},
-		{"bad descriptor", []string{"-fd", "999"}, 1, "999"},
-		{"no descriptor", []string{"-fd", "-1"}, 2, "-fd"},
-		{"address and descriptor", []string{"-addr", "localhost:80", "-fd", "3"}, 2, "-addr and -fd"},
+		"busy port":   {[]string{"-addr", busy}, 1, busy},
+		"bad address": {[]string{"-addr", "nowhere"}, 1, "address nowhere: missing port"},
+		"bad flag":    {[]string{"-port", "80"}, 2, "-port"},
+		"no value":    {[]string{"-addr"}, 2, "-addr"},
+		"help":        {[]string{"-h"}, 0, "serve HTTP on host:port"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			p := start(t, tt.args...)
-			assert.Equal(t, "EOF", p.line())
-			assert.Equal(t, tt.status, p.status(t))
-			assert.Contains(t, p.errors(t), tt.stderr)
-			assert.Equal(t, 1, strings.Count(p.errors(t), "\n"), p.errors(t))
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := proctest.Start(t, exec.Command(proctest.Self(t), tt.args...))
+			assert.Equal(t, "EOF", p.Line(t))
+			p.RequireStatus(t, tt.status)
+			assert.Contains(t, p.Errors(t), tt.stderr)
 		})
 	}
-}
-
-func TestHelp(t *testing.T) {
-	p := start(t, "-h")
-	assert.Equal(t, usage, p.line())
-	assert.Equal(t, "EOF", p.line())
-	assert.Zero(t, p.status(t))
 }

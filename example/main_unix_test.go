@@ -1,0 +1,67 @@
+//go:build unix
+
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os/exec"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+)
+
+func TestRestartFailsNoRequest(t *testing.T) {
+	t.Parallel()
+	installed := proctest.Install(t, "0")
+	p, addr := startServing(t, installed.Path)
+	p.Next(t)
+	load := httpload.Start(t, "http://"+addr, 8, "Hello HTTP!", func() *http.Client {
+		return httpload.NewClient(nil, false, true)
+	})
+	for n := range tcptest.Rounds(20) {
+		load.AwaitRequests(t, 20)
+		installed.Replace(t, fmt.Sprint(n+1))
+		proctest.Signal(t, p.Process, syscall.SIGUSR2)
+		p.RequireLines(t, "Serving HTTP")
+		requireStopping(t, p, syscall.SIGUSR2)
+		require.Equal(t, fmt.Sprint(n+1), p.Next(t).Version)
+	}
+	load.AwaitRequests(t, 20)
+	load.RequireNoneFailed(t)
+	proctest.Signal(t, p.Process, syscall.SIGTERM)
+	requireStopping(t, p, syscall.SIGTERM)
+	p.RequireStatus(t, 0)
+	p.RequireNoProcess(t)
+	require.Empty(t, p.Errors(t))
+}
+
+// Ctrl+C also stops cat, after which the program writes to a closed pipe.
+func TestInterruptOfAPipeline(t *testing.T) {
+	t.Parallel()
+	for range tcptest.Rounds(20) {
+		p, addr := startPipeline(t)
+		server := p.Next(t)
+		inFlight := startRequest(t, addr)
+		require.NoError(t, syscall.Kill(-p.Process.Pid, syscall.SIGINT))
+		finishRequest(t, inFlight)
+		server.AwaitExit(t)
+	}
+}
+
+// startPipeline starts the program on a free port, with its standard output in a pipe to cat.
+func startPipeline(t testing.TB) (p *proctest.Program, addr string) {
+	l := tcptest.Listen(t)
+	addr = l.Addr().String()
+	require.NoError(t, l.Close())
+	cmd := exec.Command("sh", "-c", `"$0" -addr "$1" | cat`, proctest.Self(t), addr)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p = proctest.Start(t, cmd)
+	p.RequireLines(t, "Serving HTTP")
+	return p, addr
+}
