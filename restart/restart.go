@@ -10,8 +10,8 @@
 //		...                                // shut down gracefully, and return
 //	})
 //
-// Stop accepting with package stoppablelistener, which drops no connection, and then close the
-// open connections with package httpdrain or with the graceful shutdown of another server. The
+// Stop accepting with package stoppablelistener, which drops no connection while another
+// process has the socket, and then close the open connections with package httpdrain or with the graceful shutdown of another server. The
 // example of [Run] is a complete program.
 //
 // # Processes
@@ -22,9 +22,10 @@
 // starts and stops children, of which the last one serves. Each child has the arguments, the
 // environment and the standard streams of the parent, and runs main from the start.
 //
-// Send signals to the parent. Children ignore SIGUSR2. A SIGINT or SIGTERM that is delivered
-// to both counts as one signal, as when Ctrl+C is typed or systemd stops the service. If only
-// the parent is killed, its children shut down gracefully.
+// Send signals to the parent only, and SIGUSR2 only after it has called Run. Before that, the
+// signal has no effect, or kills the process while that is being loaded. A SIGINT or SIGTERM
+// that is delivered to parent and children counts as one signal, as when Ctrl+C is typed or
+// systemd stops the service. If only the parent is killed, its children shut down gracefully.
 //
 // # Supervisors
 //
@@ -88,8 +89,9 @@ type Process struct {
 //
 // On SIGUSR2, Run starts the program at os.Args[0] in a new process, with the sockets that
 // Listen keeps. Once the new process has called Ready, ctx is done in the one that served
-// before, and an error that serve returns there is printed on standard error. SIGUSR2 before
-// the call of Ready, of the first process or of a new one, causes a restart after it.
+// before, and an error that serve returns there is printed on standard error. SIGUSR2 that
+// arrives after Run has called serve, but before the first process or a new one has called
+// Ready, causes a restart after that.
 //
 // If the new process cannot be started, exits, or does not call Ready within a minute, after
 // which it is killed, the reason is printed on standard error, and the previous process keeps
