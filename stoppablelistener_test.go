@@ -22,7 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 var none = time.Time{} // no deadline

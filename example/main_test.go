@@ -11,9 +11,9 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/proctest"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // In the processes that the tests start, the test binary is the program.
@@ -39,18 +39,18 @@ func startServing(t testing.TB, path string) (p *proctest.Program, addr string) 
 
 // startRequest sends a request without its body of one byte, which the server waits for. It
 // returns when the connection is not in the accept queue any more.
-func startRequest(t testing.TB, addr string) *httpload.Conn {
+func startRequest(t testing.TB, addr string) *httpclient.Conn {
 	t.Helper()
-	c := httpload.Dial(t, addr, nil)
+	c := httpclient.Dial(t, addr, nil)
 	c.Send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\n\r\n")
-	later := httpload.Dial(t, addr, nil)
+	later := httpclient.Dial(t, addr, nil)
 	later.Get(t, "/")
 	later.Response(t)
 	later.Close()
 	return c
 }
 
-func finishRequest(t testing.TB, c *httpload.Conn) {
+func finishRequest(t testing.TB, c *httpclient.Conn) {
 	t.Helper()
 	c.Send(t, "x")
 	_, body := c.Response(t)
@@ -69,7 +69,7 @@ func TestSignalShutsDownGracefully(t *testing.T) {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			p, addr := startServing(t, proctest.Self(t))
-			half := httpload.Dial(t, addr, nil)
+			half := httpclient.Dial(t, addr, nil)
 			half.Send(t, "GET / HTTP/1.1\r\nHost:")
 			inFlight := startRequest(t, addr)
 			proctest.Signal(t, p.Process, sig)

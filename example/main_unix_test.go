@@ -11,9 +11,10 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/proctest"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 func TestRestartFailsNoRequest(t *testing.T) {
@@ -22,7 +23,7 @@ func TestRestartFailsNoRequest(t *testing.T) {
 	p, addr := startServing(t, installed.Path)
 	p.Next(t)
 	load := httpload.Start(t, "http://"+addr, 8, "Hello HTTP!", func() *http.Client {
-		return httpload.NewClient(nil, false, true)
+		return httpclient.NewClient(nil, false, true)
 	})
 	for n := range tcptest.Rounds(20) {
 		load.AwaitRequests(t, 20)

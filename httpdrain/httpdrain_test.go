@@ -23,8 +23,8 @@ import (
 
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
-	"github.com/c2db162c/stoppablelistener/internal/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // The parallel tests wait most of the time, so the number of processors need not limit them.
@@ -124,12 +124,12 @@ func requireDrained(t testing.TB, drained <-chan error) {
 }
 
 // dial connects a client, with TLS if the service has it.
-func (s *service) dial(t testing.TB) *httpload.Conn {
-	return httpload.Dial(t, s.sl.Addr().String(), httpload.ClientTLS(s.config))
+func (s *service) dial(t testing.TB) *httpclient.Conn {
+	return httpclient.Dial(t, s.sl.Addr().String(), httpclient.ClientTLS(s.config))
 }
 
 // get connects a client that requests path.
-func (s *service) get(t testing.TB, path string) *httpload.Conn {
+func (s *service) get(t testing.TB, path string) *httpclient.Conn {
 	c := s.dial(t)
 	c.Get(t, path)
 	return c
@@ -203,7 +203,7 @@ func (b *blocking) awaitEntered(t testing.TB) {
 // eachProtocol runs test with and without TLS.
 func eachProtocol(t *testing.T, test func(t *testing.T, config *tls.Config)) {
 	t.Run("plain", func(t *testing.T) { t.Parallel(); test(t, nil) })
-	t.Run("TLS", func(t *testing.T) { t.Parallel(); test(t, httpload.ServerTLS()) })
+	t.Run("TLS", func(t *testing.T) { t.Parallel(); test(t, httpclient.ServerTLS()) })
 }
 
 // New
@@ -217,7 +217,7 @@ func TestNewWrapsHandlerAndConnState(t *testing.T) {
 	httpdrain.New(server)
 	go server.Serve(l)
 	defer server.Close()
-	c := httpload.Dial(t, l.Addr().String(), nil)
+	c := httpclient.Dial(t, l.Addr().String(), nil)
 	c.Get(t, "/registered")
 	_, body := c.Response(t)
 	assert.Equal(t, "Hello", body)
@@ -253,14 +253,14 @@ func TestHandlersGetTheResponseWriterOfPackageHTTP(t *testing.T) {
 				assert.Equal(t, proto, r.Proto)
 				typeOf <- reflect.TypeOf(w)
 			})
-			config := httpload.ServerTLS()
+			config := httpclient.ServerTLS()
 			plain := httptest.NewUnstartedServer(handler)
 			plain.EnableHTTP2, plain.TLS = true, config
 			plain.StartTLS()
 			defer plain.Close()
 			s := startService(t, tcptest.Listen(t), config, handler)
 			for _, url := range []string{plain.URL, s.url()} {
-				_, err := httpload.Post(httpload.NewClient(config, proto == "HTTP/2.0", true), url, "")
+				_, err := httpclient.Post(httpclient.NewClient(config, proto == "HTTP/2.0", true), url, "")
 				require.NoError(t, err)
 			}
 			assert.Equal(t, <-typeOf, <-typeOf)
@@ -413,7 +413,7 @@ func TestDrainReturnsAtOnceIfNoConnectionIsLeft(t *testing.T) {
 	s := startService(t, tcptest.Listen(t), nil, hello)
 	called := make(chan struct{})
 	s.server.RegisterOnShutdown(func() { shutdowns.Add(1); close(called) })
-	_, err := httpload.Post(httpload.NewClient(nil, false, false), s.url(), "")
+	_, err := httpclient.Post(httpclient.NewClient(nil, false, false), s.url(), "")
 	require.NoError(t, err)
 	s.stop(t)
 	requireDrained(t, s.drain(context.Background()))
@@ -428,7 +428,7 @@ func TestDrainClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
 		idle := s.get(t, "/")
 		idle.Response(t)
 		unused := s.dial(t)
-		httpload.Dial(t, s.sl.Addr().String(), nil) // not even a TLS handshake
+		httpclient.Dial(t, s.sl.Addr().String(), nil) // not even a TLS handshake
 		s.awaitConns(t, 1, http.StateIdle)
 		s.awaitConns(t, 2, http.StateNew)
 
@@ -564,21 +564,21 @@ func TestDrainStopsServe(t *testing.T) {
 // started when Drain is called, the other has.
 func TestDrainShutsDownHTTP2(t *testing.T) {
 	t.Parallel()
-	config := httpload.ServerTLS()
+	config := httpclient.ServerTLS()
 	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
 	s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/before": before, "/started": started})
 	s.drainer.Grace = shortGrace
 	shutdown := make(chan struct{})
 	s.server.RegisterOnShutdown(func() { close(shutdown) })
 
-	idle, busy := httpload.NewClient(config, true, true), httpload.NewClient(config, true, true)
-	body, err := httpload.Post(idle, s.url(), "")
+	idle, busy := httpclient.NewClient(config, true, true), httpclient.NewClient(config, true, true)
+	body, err := httpclient.Post(idle, s.url(), "")
 	require.NoError(t, err)
 	require.Equal(t, "Hello", body)
 	bodies := make(chan string, 2)
 	for path, b := range map[string]*blocking{"/before": before, "/started": started} {
 		go func() {
-			body, err := httpload.Post(busy, s.url()+path, "")
+			body, err := httpclient.Post(busy, s.url()+path, "")
 			assert.NoError(t, err)
 			bodies <- body
 		}()
@@ -633,19 +633,19 @@ func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
 // GOAWAY, which an HTTP/2 response with Connection: close would send, fails requests that the
 // client has just sent; the grace period postpones it.
 func TestHTTP2ResponsesCarryNoConnectionClose(t *testing.T) {
-	config := httpload.ServerTLS()
+	config := httpclient.ServerTLS()
 	headers := make(chan http.Header, 1)
 	s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 {
 			headers <- w.Header().Clone()
 		}
 	}))
-	client := httpload.NewClient(config, true, true)
-	_, err := httpload.Post(client, s.url(), "")
+	client := httpclient.NewClient(config, true, true)
+	_, err := httpclient.Post(client, s.url(), "")
 	require.NoError(t, err)
 	assert.Empty(t, <-headers)
 	drained := s.startDrain(t, context.Background())
-	_, err = httpload.Post(client, s.url(), "")
+	_, err = httpclient.Post(client, s.url(), "")
 	require.NoError(t, err)
 	assert.Empty(t, <-headers)
 	client.CloseIdleConnections()

@@ -11,8 +11,9 @@ import (
 
 	"github.com/stretchr/testify/assert"
 
-	"github.com/c2db162c/stoppablelistener/internal/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // A client is a kind of client of a load.
@@ -48,11 +49,11 @@ func drainUnderLoad(t testing.TB, c client, servers int, shutdown func(*service,
 	var config *tls.Config
 	url := "http://" + l.Addr().String()
 	if c.tls {
-		config = httpload.ServerTLS()
+		config = httpclient.ServerTLS()
 		url = "https://" + l.Addr().String()
 	}
 	load := httpload.Start(t, url, clients, httpload.Echo, func() *http.Client {
-		return httpload.NewClient(config, c.http2, c.keepAlive)
+		return httpclient.NewClient(config, c.http2, c.keepAlive)
 	})
 	var shutdowns sync.WaitGroup
 	for n := range servers + 1 {

@@ -16,7 +16,7 @@ import (
 
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
-	"github.com/c2db162c/stoppablelistener/internal/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 

@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 

@@ -19,9 +19,10 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/proctest"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 
@@ -93,9 +94,9 @@ func (s *service) restart(t testing.TB, from, to string) proctest.Process {
 }
 
 // send sends a GET request.
-func (s *service) send(t testing.TB, path string) *httpload.Conn {
+func (s *service) send(t testing.TB, path string) *httpclient.Conn {
 	t.Helper()
-	c := httpload.Dial(t, s.addrs[0], nil)
+	c := httpclient.Dial(t, s.addrs[0], nil)
 	c.Get(t, path)
 	return c
 }
@@ -108,7 +109,7 @@ func (s *service) get(t testing.TB, path string) string {
 
 func getFrom(t testing.TB, addr, path string) string {
 	t.Helper()
-	c := httpload.Dial(t, addr, nil)
+	c := httpclient.Dial(t, addr, nil)
 	defer c.Close()
 	c.Get(t, path)
 	_, body := c.Response(t)
@@ -116,12 +117,12 @@ func getFrom(t testing.TB, addr, path string) string {
 }
 
 // A request is in flight until it is finished.
-type request struct{ *httpload.Conn }
+type request struct{ *httpclient.Conn }
 
 // startRequest sends a request to the service and returns when that handles it.
 func (s *service) startRequest(t testing.TB) request {
 	t.Helper()
-	c := httpload.Dial(t, s.addrs[0], nil)
+	c := httpclient.Dial(t, s.addrs[0], nil)
 	c.StartPost(t, "/")
 	return request{c}
 }
@@ -171,7 +172,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (l
 	s := start(t, version(0))
 	for _, keepAlive := range []bool{true, false} {
 		load := httpload.Start(t, "http://"+s.addrs[0], 8, httpload.Any, func() *http.Client {
-			return httpload.NewClient(nil, false, keepAlive)
+			return httpclient.NewClient(nil, false, keepAlive)
 		})
 		loads = append(loads, load)
 	}
@@ -274,7 +275,7 @@ func TestFailedRestartsChangeNothing(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
 	load := httpload.Start(t, "http://"+s.addrs[0], 2, "1", func() *http.Client {
-		return httpload.NewClient(nil, false, true)
+		return httpclient.NewClient(nil, false, true)
 	})
 	want := 0
 	requireReport := func(text string) {

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/c2db162c/stoppablelistener"
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // Each byte of a history is an operation and the goroutine that does it. The seed reproduces

@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // A variant is one way to stop an accept loop. Its function wrap returns the listener that the

@@ -1,6 +1,6 @@
-// Package httpload is what the HTTP tests of this module share: clients that write HTTP/1
-// themselves, clients that send requests without pause, and certificates.
-package httpload
+// Package httpclient is the HTTP clients of the tests: connections on which a test writes HTTP/1
+// itself, and http.Clients with connections of their own. It also has the certificates.
+package httpclient
 
 import (
 	"bufio"
@@ -8,22 +8,19 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/tcptest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // A Conn is a connection of a client that writes HTTP/1 itself.
@@ -107,94 +104,6 @@ func (c *Conn) AwaitClosed(t testing.TB) {
 
 // Buffered returns the connection as a reader that includes what has been read ahead.
 func (c *Conn) Buffered() *bufio.Reader { return c.reader }
-
-// What the body of a response to a [Load] must be.
-const (
-	Echo = "" // the body of the request
-	Any  = "any"
-)
-
-// A Load is clients that send requests without pause.
-type Load struct {
-	url  string
-	stop atomic.Bool
-	done sync.WaitGroup
-
-	succeeded, failed atomic.Int64
-	firstError        atomic.Pointer[error]
-	longest           atomic.Int64 // in nanoseconds
-}
-
-// Start starts clients that post to url, each one request after the other on connections of
-// its own, until Stop is called or the test ends. The responses must have the body want.
-func Start(t testing.TB, url string, clients int, want string, newClient func() *http.Client) *Load {
-	ld := &Load{url: url}
-	t.Cleanup(ld.Stop)
-	for i := range clients {
-		ld.done.Add(1)
-		go func() {
-			defer ld.done.Done()
-			client := newClient()
-			defer client.CloseIdleConnections()
-			for n := 0; !ld.stop.Load(); n++ {
-				ld.post(client, fmt.Sprintf("client %d, request %d", i, n), want)
-			}
-		}()
-	}
-	return ld
-}
-
-func (ld *Load) post(client *http.Client, text, want string) {
-	start := time.Now()
-	body, err := Post(client, ld.url, text)
-	if want == Echo {
-		want = text
-	}
-	if err == nil && want != Any && body != want {
-		err = fmt.Errorf("the body of the response is %q, not %q", body, want)
-	}
-	if err != nil {
-		ld.failed.Add(1)
-		ld.firstError.CompareAndSwap(nil, &err)
-		return
-	}
-	ld.succeeded.Add(1)
-	took := int64(time.Since(start))
-	for longest := ld.longest.Load(); took > longest && !ld.longest.CompareAndSwap(longest, took); {
-		longest = ld.longest.Load()
-	}
-}
-
-// Stop waits until the clients have returned.
-func (ld *Load) Stop() {
-	ld.stop.Store(true)
-	ld.done.Wait()
-}
-
-// AwaitRequests waits until n more requests have succeeded.
-func (ld *Load) AwaitRequests(t testing.TB, n int64) {
-	t.Helper()
-	enough := ld.succeeded.Load() + n
-	tcptest.Await(t, fmt.Sprintf("%d more responses", n), func() bool { return ld.succeeded.Load() >= enough })
-}
-
-// Failed returns how many requests have failed.
-func (ld *Load) Failed() int64 { return ld.failed.Load() }
-
-// Longest returns how long the longest request has taken.
-func (ld *Load) Longest() time.Duration { return time.Duration(ld.longest.Load()) }
-
-// RequireNoneFailed stops the load and fails the test with the first error, if a request
-// has failed.
-func (ld *Load) RequireNoneFailed(t testing.TB) {
-	t.Helper()
-	ld.Stop()
-	if failed := ld.failed.Load(); failed > 0 {
-		require.Failf(t, "requests failed", "%d of %d, the first with: %v",
-			failed, failed+ld.succeeded.Load(), *ld.firstError.Load())
-	}
-	t.Logf("%d requests, none failed, the longest took %v", ld.succeeded.Load(), ld.Longest())
-}
 
 // NewClient returns a client with connections of its own. It resets them when it closes
 // them: thousands that are closed otherwise would use up the ports of the machine.
