@@ -1,9 +1,13 @@
-// Package stoppablelistener stops the accept loop of a TCP server without closing its
-// socket, for graceful shutdown and zero-downtime restart:
+// Package stoppablelistener stops the accept loop of a TCP server and resets no connection,
+// for graceful shutdown and zero-downtime restart:
 //
 //	sl, err := stoppablelistener.New(l) // l is what net.Listen returned
 //	go acceptLoop(sl)                   // calls Accept until that returns an error
-//	sl.Stop()                           // Accept returns StoppedError; l stays open
+//	sl.Drain()                          // if the socket is not used again, or
+//	sl.Stop()                           // if it is, by the next server or another process
+//
+// Accept then returns [StoppedError]: after Stop, at once; after Drain, when it has returned
+// the last connection. The socket stays open.
 //
 // Package net has two ways to interrupt a blocked Accept. [net.TCPListener.Close] also closes
 // the socket, which resets the connections in its accept queue (backlog): those that the kernel
@@ -16,14 +20,15 @@
 //
 // # HTTP servers
 //
-// After Stop, Serve returns StoppedError, and the server still serves its open connections.
-// To close them, call Shutdown, or use package httpdrain, with which far fewer requests fail:
-// Shutdown closes idle connections even while a client is sending on one, and since Go 1.25
-// connections that were accepted but not yet read from (golang/go#75591).
+// After Drain or Stop, Serve returns StoppedError, and the server still serves its open
+// connections. To close them, call Shutdown, or use package httpdrain, with which far fewer
+// requests fail: Shutdown closes idle connections even while a client is sending on one, and
+// since Go 1.25 connections that were accepted but not yet read from (golang/go#75591).
 //
-// Serve closes its listener when it returns. To keep the socket open, pass Serve a wrapper
-// whose Close method calls Stop, as the example of [StoppableListener.Stop] does. A Close
-// method that does nothing is not enough, because Shutdown waits for Serve to return.
+// Serve closes its listener when it returns. After Drain, that resets no connection. If the
+// socket is used again after Stop, keep it open: pass Serve a wrapper whose Close method calls
+// Stop, as the example of [StoppableListener.Stop] does. A Close method that does nothing is
+// not enough, because Shutdown waits for Serve to return.
 //
 // # Child processes
 //
@@ -40,8 +45,8 @@
 //
 //   - TCP only: New rejects Unix sockets, TLS listeners and other wrappers. ServeTLS(sl, …)
 //     and tls.NewListener(sl, …) work.
-//   - Stop does not interrupt a wrapper around a StoppableListener that is blocked before it
-//     calls Accept, such as a full netutil.LimitListener.
+//   - Neither Stop nor Drain interrupts a wrapper around a StoppableListener that is blocked
+//     before it calls Accept, such as a full netutil.LimitListener.
 //   - Wait for the accept loop to return before you pass the same socket to New again, because
 //     New moves the deadline that interrupts Accept.
 //   - On Plan 9, where package net does not support deadlines for Accept, an Accept that is
@@ -54,6 +59,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/c2db162c/stoppablelistener/internal/socket"
@@ -68,11 +74,16 @@ import (
 // set on the plain *net.TCPListener ends a poll and not an Accept.
 const pollInterval = time.Minute
 
+// drainWait is how long Accept waits for another connection after Drain. A handshake takes a
+// round-trip time, which is shorter on nearly any path.
+const drainWait = 250 * time.Millisecond
+
 // longPast is a deadline that interrupts Accept; net/http interrupts reads with the same.
 var longPast = time.Unix(1, 0)
 
-// StoppedError is returned by Accept and AcceptTCP after a call to Stop. It is returned
-// unwrapped, so both err == StoppedError and [errors.Is] work.
+// StoppedError is returned by Accept and AcceptTCP after a call to Stop, and when a call to
+// Drain has stopped the accept loop. It is returned unwrapped, so both err == StoppedError and
+// [errors.Is] work.
 //
 // It wraps [net.ErrClosed], and its text ends with the text of that error, so an accept loop
 // that recognizes a closed listener, by errors.Is or by text, also recognizes a stopped one.
@@ -90,10 +101,13 @@ var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.Err
 type StoppableListener struct {
 	*net.TCPListener
 
-	stop chan struct{} // no values sent; closed by Stop, with mu held
+	stop     chan struct{} // no values sent; closed with mu held, by Stop or at the end of Drain
+	draining atomic.Bool   // set with mu held, by Drain
 
-	mu       sync.Mutex // guards deadline, and each change of the TCPListener's deadline
+	mu       sync.Mutex // guards the fields below, and each change of the TCPListener's deadline
 	deadline time.Time  // as the caller set it; zero means none
+	refusing bool       // after Drain: the system refuses new connections
+	waitEnd  time.Time  // after Drain: when drainWait is over; zero until an Accept starts to wait
 }
 
 // New wraps l, which must be an open, non-nil [*net.TCPListener], no matter which function
@@ -137,14 +151,17 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 //
 // If called after Stop has returned, it returns [StoppedError], even if connections are
 // pending. If Stop is called while it is blocked, it returns StoppedError, or the connection
-// that it has just taken from the accept queue: it never drops a connection. After the
-// deadline set with SetDeadline, it returns an error that wraps [os.ErrDeadlineExceeded]; after
-// Close, unless Stop was called too, one that wraps [net.ErrClosed]. These and other errors are
-// those of package net.
+// that it has just taken from the accept queue: it never drops a connection. After Drain, it
+// returns connections first, and then StoppedError. After the deadline set with SetDeadline, it
+// returns an error that wraps [os.ErrDeadlineExceeded]; after Close, unless Stop or Drain was
+// called too, one that wraps [net.ErrClosed]. These and other errors are those of package net.
 func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
 		if err == nil {
+			if sl.draining.Load() {
+				sl.waitAgain()
+			}
 			return conn, nil
 		}
 		if err = sl.endPoll(err); err != nil {
@@ -165,13 +182,14 @@ func (sl *StoppableListener) File() (*os.File, error) {
 }
 
 // SetDeadline sets the deadline of Accept and AcceptTCP, including calls that are blocked,
-// as [net.TCPListener.SetDeadline] does. The zero time means no deadline. After Stop, it
-// changes nothing and returns [StoppedError], because the socket may be in use by another
-// wrapper. On a closed listener, it returns package net's error, unless Stop was called too.
+// as [net.TCPListener.SetDeadline] does. The zero time means no deadline. After Stop or Drain,
+// it changes nothing and returns [StoppedError], because the socket may be in use by another
+// wrapper. On a closed listener, it returns package net's error, unless Stop or Drain was called
+// too.
 func (sl *StoppableListener) SetDeadline(t time.Time) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	if sl.stopped() {
+	if sl.stopped() || sl.draining.Load() {
 		return StoppedError
 	}
 	sl.deadline = t
@@ -180,32 +198,74 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 
 // Stop interrupts the accept loop. Each blocked Accept and AcceptTCP returns at once, with
 // [StoppedError] or the connection that it has just taken from the accept queue; each later
-// call returns StoppedError. Stop may be called any number of times, before the first Accept
-// and after Close; calls after the first do nothing.
+// call returns StoppedError. Stop may be called any number of times, before the first Accept,
+// after Drain, which it ends, and after Close; calls after the first do nothing.
 //
 // Stop does not wait for the accept loop to return, does not close accepted connections, and
 // does not close the socket, where the kernel keeps adding new connections to the accept
-// queue. So wait for the accept loop, for example with a [sync.WaitGroup]; then close the
-// connections or wait for them; then either Close the socket, which resets the connections
-// in its accept queue, or pass it to New to serve it again. To use the plain
-// *net.TCPListener again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
+// queue. So wait for the accept loop, for example with a [sync.WaitGroup], and then pass the
+// socket to New to serve it again. To close the socket instead, which would reset the
+// connections in its accept queue, call Drain, not Stop. To use the plain *net.TCPListener
+// again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
 func (sl *StoppableListener) Stop() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	if sl.stopped() {
-		return // the socket may be in use by another wrapper
+	if !sl.stopped() { // otherwise, the socket may be in use by another wrapper
+		sl.interrupt()
 	}
-	close(sl.stop)
-	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where no goroutine is blocked
 }
 
-// stopped reports whether Stop has been called.
+// Drain stops the accept loop for the last time: the system refuses new connections, and the
+// accept loop returns when it has accepted those that exist. Drain returns at once, and does
+// not close the socket.
+//
+// Call it only if nothing else accepts from the socket, now or later: no other wrapper, no
+// other process, no service manager. It cannot be undone, and affects every duplicate of the
+// socket. With package restart, call its Process.Stop instead, which calls Drain or Stop.
+//
+// Accept and AcceptTCP keep returning connections: those in the accept queue, and those whose
+// handshake completes. When they have waited 250 ms for another one, which is longer than a
+// handshake takes on nearly any path, they return [StoppedError], in each goroutine that is
+// blocked and in each later call. After that, closing the socket resets no connection.
+//
+// A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
+// Stop, do nothing. Drain may be called before the first Accept and after Close.
+//
+// New connections are refused on Linux since version 5.7, without privileges, for TCP and
+// Multipath TCP. There, connect returns "connection refused" at once; if another socket
+// listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
+// because the kernel drops their first SYN. Where connections cannot be refused, on other
+// systems, in some sandboxes, or on a socket that is bound to a device, Accept returns
+// connections for 250 ms after Drain and then StoppedError. Closing the socket then resets the
+// connections that are in its accept queue or in the handshake.
+func (sl *StoppableListener) Drain() {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	if sl.stopped() || sl.draining.Load() {
+		return // after Stop, the socket may be in use by another wrapper
+	}
+	sl.draining.Store(true)
+	sl.refusing = socket.Refuse(sl.TCPListener)
+	sl.waitEnd = time.Now().Add(drainWait)
+	sl.startWait()
+}
+
+// stopped reports whether Stop has been called, or Drain has stopped the accept loop.
 func (sl *StoppableListener) stopped() bool {
 	select {
 	case <-sl.stop:
 		return true
 	default:
 		return false
+	}
+}
+
+// waitAgain is called when an Accept has returned a connection after Drain.
+func (sl *StoppableListener) waitAgain() {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	if !sl.stopped() {
+		sl.startWait()
 	}
 }
 
@@ -217,6 +277,9 @@ func (sl *StoppableListener) endPoll(err error) error {
 	if sl.stopped() {
 		return StoppedError
 	}
+	if sl.draining.Load() {
+		return sl.endWait(err)
+	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
@@ -225,6 +288,41 @@ func (sl *StoppableListener) endPoll(err error) error {
 	}
 	_ = sl.startPoll() // fails only on a closed listener, which the next accept reports
 	return nil
+}
+
+// endWait is endPoll after Drain. It is called with mu held.
+func (sl *StoppableListener) endWait(err error) error {
+	timeout := errors.Is(err, os.ErrDeadlineExceeded)
+	switch {
+	case errors.Is(err, net.ErrClosed),
+		timeout && !sl.waitEnd.IsZero() && !time.Now().Before(sl.waitEnd):
+		sl.interrupt()
+		return StoppedError
+	case !timeout: // no descriptor was free, for example: connections may be pending
+		sl.startWait()
+		return err
+	case sl.waitEnd.IsZero():
+		sl.waitEnd = time.Now().Add(drainWait)
+	}
+	_ = sl.TCPListener.SetDeadline(sl.waitEnd)
+	return nil
+}
+
+// startWait makes each Accept that is blocked, or is called next, wait for drainWait. It is
+// called with mu held, after Drain and after each connection.
+//
+// It does not set a deadline in drainWait from now, because package net returns the timeout of
+// an expired deadline without a look at the accept queue. An accept loop that has handled a
+// connection for longer than that would leave the others there. So the first Accept that
+// returns the timeout of longPast sets the deadline, and waits for all of the time.
+//
+// If the system does not refuse connections, they may keep coming forever: the time is counted
+// from Drain.
+func (sl *StoppableListener) startWait() {
+	if sl.refusing {
+		sl.waitEnd = time.Time{}
+	}
+	_ = sl.TCPListener.SetDeadline(longPast)
 }
 
 // startPoll sets the deadline of the embedded listener to the end of the next poll.
@@ -239,4 +337,10 @@ func (sl *StoppableListener) startPoll() error {
 		end = sl.deadline
 	}
 	return sl.TCPListener.SetDeadline(end)
+}
+
+// interrupt makes each Accept return StoppedError. It is called with mu held.
+func (sl *StoppableListener) interrupt() {
+	close(sl.stop)
+	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where no goroutine is blocked
 }

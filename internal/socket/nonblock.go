@@ -1,7 +1,8 @@
 //go:build unix || wasip1
 
-// Package socket does to the descriptor of a socket what package net does not offer: it
-// sets nonblocking mode, and duplicates it without setting blocking mode.
+// Package socket does to the descriptor of a socket what package net does not offer: it sets
+// nonblocking mode, duplicates it without setting blocking mode, and lets the system refuse
+// new connections.
 package socket
 
 import "syscall"
