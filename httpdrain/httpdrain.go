@@ -1,24 +1,55 @@
-// Package httpdrain is a graceful shutdown of an http.Server with which far fewer requests
-// fail than with Shutdown:
+// Package httpdrain shuts down an http.Server gracefully: it fails far fewer requests than
+// Shutdown, on most servers none.
 //
 //	drainer := httpdrain.New(server) // before Serve
 //	go server.Serve(sl)              // sl is a StoppableListener
-//	sl.Stop()                        // then wait for Serve to return
-//	err := drainer.Drain(ctx)
+//	drainer.DisableKeepAlives()      // responses carry Connection: close
+//	sl.Drain()                       // then wait for Serve to return
+//	err := drainer.Drain(ctx)        // serves the open connections until they are closed
 //
 // [net/http.Server.Shutdown] closes idle connections at once, even if a client has just sent a
 // request on one, and since Go 1.25 also connections that were accepted but not yet read from
-// (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first,
-// and sets Connection: close in HTTP/1 responses, so that clients open new connections for
-// their next requests. HTTP/1 clients that send a request in the grace period on each of their
-// connections see no error.
+// (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
+// Its responses carry Connection: close, or are followed by GOAWAY (HTTP/2), so that clients
+// open new connections for their next requests. No request fails of an HTTP/1 client that sends
+// one on each of its connections during the grace period.
+//
+// # Load balancers
+//
+// A load balancer, such as a Kubernetes Service, haproxy or nginx, notices only after some time
+// that an instance of a server is being stopped. Until then it sends new connections, and if
+// these are refused, requests fail. So in a rolling update, an instance must keep accepting:
+//
+//	<-ctx.Done()                // SIGTERM
+//	stopping.Store(true)        // the readiness probe fails from now on
+//	drainer.DisableKeepAlives() // HTTP/1 clients reconnect, to other instances
+//	time.Sleep(delay)           // longer than the load balancer needs to notice
+//	sl.Drain()                  // then wait for Serve to return
+//	err := drainer.Drain(drainCtx)
+//
+// The package example is a program that does this. The shorter order above is for a server that
+// has no load balancer, or whose socket stays open, as with package restart.
+//
+// The delay must exceed the time until the last load balancer has noticed: with health checks,
+// their interval times the number that must fail; in Kubernetes, where the deletion of a Pod
+// has to reach each node, usually some seconds. No request fails of an HTTP/1 client that sends
+// one on each of its connections at least every delay + Grace.
+//
+// In Kubernetes, terminationGracePeriodSeconds must exceed delay + Grace + the longest request
+// + 3 s. A preStop hook that sleeps is no substitute for the delay, because the process does
+// not know yet that it is being stopped, and its clients keep their connections. A rolling
+// update replaces processes, so it does not need package restart.
+//
+// Behind a load balancer that checks health, and reuses its own connections, a sleep and then
+// Shutdown failed no request either.
 //
 // # Handlers
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. For
-// handlers that are called after Drain, the header Connection: close is already set. It is not
-// set for CONNECT and Upgrade requests, unless the upgrade is to h2c or TLS, which package http
-// ignores.
+// handlers that are called after DisableKeepAlives, the header Connection: close is already
+// set. It is not set for CONNECT and Upgrade requests, unless the upgrade is to h2c or TLS,
+// which package http ignores. A handler must not set Connection: keep-alive itself: its clients
+// would send their next requests on a connection that is about to be closed.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -34,63 +65,102 @@
 // client sends it again. That can happen here:
 //
 //   - HTTP/1: on a connection that was idle for the whole grace period, or whose last response
-//     had no Connection: close and ended after the grace period; also a request whose header
-//     takes longer than the grace period.
+//     had no Connection: close and ended later than Grace after the call of Drain; also a
+//     request whose header takes longer than the grace period.
 //   - HTTP/1 pipelining: a request that was sent before the response with Connection: close was
 //     received.
-//   - HTTP/2: a request that was sent before GOAWAY was received, which is sent at the end of
-//     the grace period. Package http sends one GOAWAY, with the last stream that it has seen,
-//     not the two of RFC 9113, section 6.8. Many clients send such a request again if they
-//     can send its body again.
+//   - HTTP/2: a request that was sent before GOAWAY was received. GOAWAY follows the response to
+//     a request that is the only one in flight on its connection after Drain has been called,
+//     so this does not affect clients with one request at a time. On other connections it is
+//     sent at the end of the grace period. Package http sends one GOAWAY, with the last stream
+//     that it has seen, not the two of RFC 9113, section 6.8. Many clients send such a request
+//     again if they can send its body again.
 //
 // An informational response that a handler sends, such as 103 Early Hints, carries Connection:
 // close too, which Node.js rejects.
-//
-// When Serve returns, it closes its listener. If no other process or file has the socket open,
-// that resets the connections in its accept queue. With package restart, another process has.
 package httpdrain
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// A Drainer shuts down an [http.Server] gracefully. Create one with [New].
+// A Drainer shuts down an [http.Server] gracefully. Create one with [New]. Multiple goroutines
+// may invoke its methods simultaneously.
 type Drainer struct {
 	// Grace is how long idle connections stay open after Drain is called. New sets 1.25 s,
 	// for clients that send a request every second. It may be changed before Drain is called.
 	Grace time.Duration
 
-	server   *http.Server
-	draining atomic.Bool // Drain has been called
-	shutdown atomic.Bool // the server's Shutdown has been called
+	server             *http.Server
+	keepAlivesDisabled atomic.Bool
+	phase              atomic.Int32 // of Drain; it only grows, with mu held
 
-	conns sync.Map      // state of each open connection that is not hijacked: net.Conn to *atomic.Int64
-	open  atomic.Int64  // number of conns
-	empty chan struct{} // holds a value after open has become zero
+	accepted atomic.Int64 // number of calls of ConnContext
+	reported atomic.Int64 // number of connections that were reported to ConnState
+	unknown  atomic.Bool  // a connection was reported that cannot be a key of conns
+	conns    sync.Map     // open connections that are not hijacked: net.Conn to *connInfo
+	open     atomic.Int64 // number of conns
+
+	fresh    atomic.Int64 // number of connections that have become idle in phase grace, and are
+	mu       sync.Mutex   // guards lastIdle
+	lastIdle time.Time    // when the last of the fresh connections has become idle
+	changed  sync.Cond    // open or fresh has become zero, or a context is done; its lock is mu
 }
 
-// New returns a Drainer for server, and wraps its Handler and its ConnState. So set these
-// fields, if you use them, before you call New, and call New before Serve.
+// The phases of Drain.
+const (
+	serving  int32 = iota
+	grace          // until Grace is over
+	settling       // until the fresh connections have been idle for Grace
+	shutdown       // Shutdown has been called
+)
+
+// A connInfo is what a Drainer knows about a connection.
+type connInfo struct {
+	state atomic.Int32 // the last http.ConnState
+	fresh bool         // it is idle since the grace period has started; only setState uses it
+}
+
+func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int32(state) }
+
+// inFlightKey is the key of the context value of a connection that counts the HTTP/2 requests
+// in flight, an *atomic.Int64.
+var inFlightKey = new(struct{ _ int })
+
+// New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext. So set
+// these fields, if you use them, before you call New, and call New before Serve. Frameworks
+// may set them later: echo's Start and StartServer do, for example. Use the framework as the
+// Handler of a server of your own then: http.Server{Handler: e}. If Handler is replaced,
+// responses do not carry Connection: close; if ConnState is, Drain returns an error.
 func New(server *http.Server) *Drainer {
-	d := &Drainer{
-		Grace:  1250 * time.Millisecond,
-		server: server,
-		empty:  make(chan struct{}, 1),
-	}
-	handler, connState := server.Handler, server.ConnState
+	d := &Drainer{Grace: 1250 * time.Millisecond, server: server}
+	d.changed.L = &d.mu
+	handler, connState, connContext := server.Handler, server.ConnState, server.ConnContext
 	if handler == nil {
 		handler = http.DefaultServeMux
 	}
 	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if d.draining.Load() && r.ProtoMajor == 1 && !switchesProtocols(r) {
-			w.Header().Set("Connection", "close")
+		switch r.ProtoMajor {
+		case 1:
+			if d.keepAlivesDisabled.Load() && !switchesProtocols(r) {
+				w.Header().Set("Connection", "close")
+			}
+		case 2:
+			if inFlight, ok := r.Context().Value(inFlightKey).(*atomic.Int64); ok {
+				defer inFlight.Add(-1)
+				if inFlight.Add(1) == 1 && d.phase.Load() != serving {
+					w.Header().Set("Connection", "close") // package http sends GOAWAY instead
+				}
+			}
 		}
 		handler.ServeHTTP(w, r)
 	})
@@ -100,77 +170,141 @@ func New(server *http.Server) *Drainer {
 			connState(conn, state)
 		}
 	}
+	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		d.accepted.Add(1)
+		if connContext != nil {
+			ctx = connContext(ctx, conn)
+		}
+		if ctx == nil {
+			return nil // package http reports this
+		}
+		return context.WithValue(ctx, inFlightKey, new(atomic.Int64))
+	}
 	return d
 }
 
-// Drain shuts down the server gracefully, and returns nil when all connections but hijacked
-// ones are closed. Call it once, after each Serve of the server has returned. The server cannot
-// be used again.
+// DisableKeepAlives makes HTTP/1 responses carry Connection: close from now on, so that clients
+// open a new connection for their next request. It changes nothing else: the server keeps
+// accepting connections, and idle ones stay open. Calls after the first do nothing.
 //
-// While there are connections, and until d.Grace has passed, the server keeps serving them.
-// Then Drain calls Shutdown once, which calls the functions registered with
-// RegisterOnShutdown, closes idle HTTP/1 connections, and sends GOAWAY on HTTP/2 connections.
-// Drain closes the connections that have not sent a request yet, and waits for the others. An
-// HTTP/2 connection is closed one second after GOAWAY or after its last response, whichever is
-// later.
+// It differs from [http.Server.SetKeepAlivesEnabled], which closes idle connections at once,
+// even while a client is sending on one.
+func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
+
+// Drain shuts down the server gracefully, and returns nil when all connections but hijacked
+// ones are closed. Call it after each Serve of the server has returned. The server cannot be
+// used again.
+//
+// Drain calls DisableKeepAlives. While there are connections, the server keeps serving them for
+// the grace period. This lasts d.Grace, and at most twice as long: a connection that becomes
+// idle within d.Grace, after a response without Connection: close to a request that was in
+// flight before, stays idle for d.Grace too.
+//
+// Then Drain calls Shutdown, which calls the functions registered with RegisterOnShutdown,
+// closes idle HTTP/1 connections, and sends GOAWAY on HTTP/2 connections. Drain closes the
+// connections that have not sent a request yet, and waits for the others. An HTTP/2 connection
+// is closed one second after GOAWAY or after its last response, whichever is later.
 //
 // When ctx is done, Drain closes all of these connections. If requests were in flight on them,
-// it returns an error that wraps ctx.Err(); otherwise, nil.
+// it returns an error that wraps ctx.Err(); otherwise, nil. If two calls run at the same time,
+// both return when no connection is left.
 //
-// A Serve that is still running accepts and serves new connections until Drain calls Shutdown;
-// requests on those accepted last can fail.
+// If a Serve is still running, Drain returns as soon as no connection happens to be open, and
+// requests on the connections accepted last can fail. To keep accepting connections, call
+// DisableKeepAlives, and Drain later.
 //
-// Drain does not call [http.Server.SetKeepAlivesEnabled], because that closes idle connections
-// at once.
+// Drain does not know connections whose [net.Conn] cannot be a map key, such as a struct that
+// contains a slice: they have no grace period, and Drain waits for them as Shutdown does.
 func (d *Drainer) Drain(ctx context.Context) error {
-	d.draining.Store(true)
+	d.DisableKeepAlives()
+	d.enter(grace)
 	graceCtx, cancel := context.WithTimeout(ctx, d.Grace)
-	d.wait(graceCtx)
+	defer cancel()
+	d.wait(graceCtx, &d.open)
+	d.enter(settling)
+	d.mu.Lock()
+	settled := d.lastIdle.Add(d.Grace)
+	d.mu.Unlock()
+	settleCtx, cancel := context.WithDeadline(ctx, settled)
+	defer cancel()
+	d.wait(settleCtx, &d.fresh)
+
 	cancel()
-	_ = d.server.Shutdown(graceCtx) // does not wait, because graceCtx is done
-	d.shutdown.Store(true)
-	d.eachInState(http.StateNew, func(conn net.Conn, _ *atomic.Int64) { _ = conn.Close() })
-	d.eachInState(http.StateIdle, closeIdle)
-	if d.wait(ctx) {
-		return nil
+	_ = d.server.Shutdown(settleCtx) // does not wait, because settleCtx is done
+	d.enter(shutdown)
+	d.eachInState(http.StateNew, func(conn net.Conn, _ *connInfo) { _ = conn.Close() })
+	d.eachInState(http.StateIdle, closeIfIdleLater)
+	if d.wait(ctx, &d.open) {
+		return d.shutDownUnknown(ctx)
 	}
 
 	var err error
-	d.eachInState(http.StateActive, func(net.Conn, *atomic.Int64) {
+	d.eachInState(http.StateActive, func(net.Conn, *connInfo) {
 		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", ctx.Err())
 	})
 	_ = d.server.Close()
 	return err
 }
 
-// wait waits until no connection is left, and returns false if ctx is done before.
-func (d *Drainer) wait(ctx context.Context) bool {
-	for d.open.Load() > 0 {
-		select {
-		case <-d.empty:
-		case <-ctx.Done():
-			return false
-		}
+// enter starts a phase, unless a later one has started.
+func (d *Drainer) enter(phase int32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.phase.Store(max(d.phase.Load(), phase))
+}
+
+// wait waits until n, which is open or fresh, is zero, and returns false if ctx is done before.
+func (d *Drainer) wait(ctx context.Context, n *atomic.Int64) bool {
+	stop := context.AfterFunc(ctx, d.wake)
+	defer stop()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for n.Load() > 0 && ctx.Err() == nil {
+		d.changed.Wait()
 	}
-	return true
+	return n.Load() == 0
+}
+
+// wake makes each call of wait look again.
+func (d *Drainer) wake() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.changed.Broadcast()
+}
+
+// shutDownUnknown waits for the connections that are not in conns, as Shutdown does.
+func (d *Drainer) shutDownUnknown(ctx context.Context) error {
+	replaced := d.accepted.Load() > d.reported.Load() // no Serve is running any more
+	if !replaced && !d.unknown.Load() {
+		return nil
+	}
+	err := d.server.Shutdown(ctx)
+	if err != nil {
+		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", err)
+		_ = d.server.Close()
+	}
+	if replaced {
+		err = errors.Join(errors.New("httpdrain: no graceful shutdown: ConnState was replaced after New"), err)
+	}
+	return err
 }
 
 // eachInState calls f with each connection in that state.
-func (d *Drainer) eachInState(state http.ConnState, f func(net.Conn, *atomic.Int64)) {
+func (d *Drainer) eachInState(state http.ConnState, f func(net.Conn, *connInfo)) {
 	d.conns.Range(func(key, value any) bool {
-		if current := value.(*atomic.Int64); current.Load() == int64(state) {
-			f(key.(net.Conn), current)
+		if info := value.(*connInfo); info.is(state) {
+			f(key.(net.Conn), info)
 		}
 		return true
 	})
 }
 
-// closeIdle closes conn if it is idle in two seconds. Shutdown has closed the idle HTTP/1
+// closeIfIdleLater closes conn if it is idle in two seconds. Shutdown has closed the idle HTTP/1
 // connections and sent GOAWAY on the HTTP/2 connections, which are closed a second later. But
 // it may miss an HTTP/2 connection that has just been set up.
-func closeIdle(conn net.Conn, state *atomic.Int64) {
+func closeIfIdleLater(conn net.Conn, info *connInfo) {
 	time.AfterFunc(2*time.Second, func() {
-		if state.Load() == int64(http.StateIdle) {
+		if info.is(http.StateIdle) {
 			_ = conn.Close()
 		}
 	})
@@ -178,25 +312,59 @@ func closeIdle(conn net.Conn, state *atomic.Int64) {
 
 // setState is called by the server with each new state of each connection.
 func (d *Drainer) setState(conn net.Conn, state http.ConnState) {
+	if state == http.StateNew {
+		d.reported.Add(1)
+	}
+	if !isKey(conn) {
+		d.unknown.Store(true)
+		return
+	}
 	switch state {
 	case http.StateNew:
-		d.conns.Store(conn, new(atomic.Int64))
+		d.conns.Store(conn, new(connInfo))
 		d.open.Add(1)
 	case http.StateActive, http.StateIdle:
 		// x/net's h2c reports these for connections that it has hijacked.
 		if value, ok := d.conns.Load(conn); ok {
-			current := value.(*atomic.Int64)
-			current.Store(int64(state))
-			if state == http.StateIdle && d.shutdown.Load() {
-				closeIdle(conn, current)
+			info := value.(*connInfo)
+			info.state.Store(int32(state))
+			if d.phase.Load() != serving {
+				d.setFresh(info, state == http.StateIdle)
+				if state == http.StateIdle && d.phase.Load() == shutdown {
+					closeIfIdleLater(conn, info)
+				}
 			}
 		}
 	case http.StateHijacked, http.StateClosed:
-		if _, ok := d.conns.LoadAndDelete(conn); ok && d.open.Add(-1) == 0 {
-			select {
-			case d.empty <- struct{}{}:
-			default:
+		if value, ok := d.conns.LoadAndDelete(conn); ok {
+			d.setFresh(value.(*connInfo), false)
+			if d.open.Add(-1) == 0 {
+				d.wake()
 			}
+		}
+	}
+}
+
+// isKey reports whether conn can be a key of a map.
+func isKey(conn net.Conn) bool {
+	return reflect.TypeOf(conn).Kind() == reflect.Pointer || reflect.ValueOf(conn).Comparable()
+}
+
+// setFresh is called when the connection has become idle, or is not idle any more.
+func (d *Drainer) setFresh(info *connInfo, idle bool) {
+	switch {
+	case info.fresh && !idle:
+		info.fresh = false
+		if d.fresh.Add(-1) == 0 {
+			d.wake()
+		}
+	case idle && d.phase.Load() == grace:
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !info.fresh && d.phase.Load() == grace {
+			info.fresh = true
+			d.fresh.Add(1)
+			d.lastIdle = time.Now()
 		}
 	}
 }

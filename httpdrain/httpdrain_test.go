@@ -226,6 +226,28 @@ func TestNewWrapsHandlerAndConnState(t *testing.T) {
 	}
 }
 
+type contextKey struct{}
+
+func TestNewWrapsConnContext(t *testing.T) {
+	values := make(chan any, 1)
+	server := &http.Server{
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, contextKey{}, conn.RemoteAddr().String())
+		},
+		Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			values <- r.Context().Value(contextKey{})
+		}),
+	}
+	httpdrain.New(server)
+	l := tcptest.Listen(t)
+	go server.Serve(l)
+	defer server.Close()
+	c := httpclient.Dial(t, l.Addr().String(), nil)
+	c.Get(t, "/")
+	c.Response(t)
+	assert.Equal(t, c.LocalAddr().String(), <-values, "value of the caller's ConnContext")
+}
+
 func TestNewSetsAGraceForClientsThatComeOnceASecond(t *testing.T) {
 	assert.Equal(t, 1250*time.Millisecond, httpdrain.New(new(http.Server)).Grace)
 }
@@ -372,6 +394,57 @@ func TestStreamsEndOnRegisterOnShutdown(t *testing.T) {
 	requireDrained(t, s.drain(context.Background()))
 	_, body := c.Response(t)
 	assert.Equal(t, "Hello", body)
+}
+
+// DisableKeepAlives
+
+func TestDisableKeepAlivesChangesOnlyTheResponses(t *testing.T) {
+	eachProtocol(t, func(t *testing.T, config *tls.Config) {
+		s := startService(t, tcptest.Listen(t), config, hello)
+		idle := s.get(t, "/")
+		resp, _ := idle.Response(t)
+		assert.False(t, resp.Close, "the response before DisableKeepAlives has Connection: close")
+		unused := s.dial(t)
+		s.awaitConns(t, 1, http.StateIdle)
+		s.awaitConns(t, 1, http.StateNew)
+		var calls sync.WaitGroup
+		for range 10 {
+			calls.Add(1)
+			go func() {
+				defer calls.Done()
+				s.drainer.DisableKeepAlives()
+			}()
+		}
+		calls.Wait()
+		for name, c := range map[string]*httpclient.Conn{
+			"new": s.dial(t), "idle": idle, "unused": unused,
+		} {
+			c.Get(t, "/")
+			resp, body := c.Response(t)
+			assert.Equal(t, "Hello", body, "response on the %s connection", name)
+			assert.True(t, resp.Close, "no Connection: close on the %s connection", name)
+			c.RequireClosed(t)
+		}
+	})
+}
+
+// An instance that is still in rotation must not send GOAWAY: load balancers fail requests then.
+func TestDisableKeepAlivesLeavesHTTP2Alone(t *testing.T) {
+	config := httpclient.ServerTLS()
+	addrs, headers := make(chan string, 2), make(chan http.Header, 2)
+	s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(
+		func(w http.ResponseWriter, r *http.Request) {
+			addrs <- r.RemoteAddr
+			headers <- w.Header().Clone()
+		}))
+	client := httpclient.NewClient(config, true, true)
+	s.drainer.DisableKeepAlives()
+	for range 2 {
+		_, err := httpclient.Post(client, s.url(), "")
+		require.NoError(t, err)
+		assert.Empty(t, <-headers)
+	}
+	assert.Equal(t, <-addrs, <-addrs, "addresses of the client: the connection was closed")
 }
 
 // Drain
@@ -630,24 +703,190 @@ func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
 	requireDrained(t, drained)
 }
 
-// GOAWAY, which an HTTP/2 response with Connection: close would send, fails requests that the
-// client has just sent; the grace period postpones it.
-func TestHTTP2ResponsesCarryNoConnectionClose(t *testing.T) {
+// Grace is so long that only GOAWAY can close the connection.
+func TestDrainSendsGOAWAYWithTheResponseToTheOnlyRequestInFlight(t *testing.T) {
 	config := httpclient.ServerTLS()
 	headers := make(chan http.Header, 1)
-	s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ProtoMajor == 2 {
-			headers <- w.Header().Clone()
-		}
-	}))
-	client := httpclient.NewClient(config, true, true)
-	_, err := httpclient.Post(client, s.url(), "")
-	require.NoError(t, err)
-	assert.Empty(t, <-headers)
-	drained := s.startDrain(t, context.Background())
-	_, err = httpclient.Post(client, s.url(), "")
-	require.NoError(t, err)
-	assert.Empty(t, <-headers)
-	client.CloseIdleConnections()
+	b := newBlocking(nothing, hello)
+	s := startService(t, tcptest.Listen(t), config, routes{"/blocking": b, "/": http.HandlerFunc(
+		func(w http.ResponseWriter, _ *http.Request) { headers <- w.Header().Clone() })})
+	post := func(client *http.Client, path string) {
+		_, err := httpclient.Post(client, s.url()+path, "")
+		assert.NoError(t, err)
+	}
+	one, many := httpclient.NewClient(config, true, true), httpclient.NewClient(config, true, true)
+	for _, client := range []*http.Client{one, many} {
+		post(client, "/")
+		assert.Empty(t, <-headers, "before Drain")
+	}
+	responded := make(chan struct{})
+	go func() {
+		defer close(responded)
+		post(many, "/blocking")
+	}()
+	b.awaitEntered(t)
+	drained := s.startDrain(t, context.Background()) // one connection is closed after it
+	post(many, "/")
+	assert.Empty(t, <-headers, "another request is in flight")
+	post(one, "/")
+	assert.Equal(t, http.Header{"Connection": {"close"}}, <-headers, "no other request is in flight")
+	s.awaitConns(t, 2, http.StateClosed)
+	close(b.release)
+	tcptest.Receive(t, responded, "response")
+	post(many, "/")
+	assert.Equal(t, http.Header{"Connection": {"close"}}, <-headers, "no other request is in flight")
 	requireDrained(t, drained)
+}
+
+// Connections that become idle in the grace period
+
+// It was in flight when Drain was called, so its response carries no Connection: close.
+func TestConnectionStaysIdleForGraceAfterAResponse(t *testing.T) {
+	t.Parallel()
+	b := newBlocking(nothing, hello)
+	s := startService(t, tcptest.Listen(t), nil, b)
+	s.drainer.Grace = 2 * time.Second // the response comes long before the end
+	c := s.get(t, "/")
+	b.awaitEntered(t)
+	s.stop(t)
+	start := time.Now()
+	drained := s.drain(context.Background())
+	<-time.After(shortGrace)
+	released := time.Now()
+	close(b.release)
+	resp, _ := c.Response(t)
+	assert.False(t, resp.Close, "the response has Connection: close")
+	requireDrained(t, drained)
+	assert.GreaterOrEqual(t, time.Since(released), s.drainer.Grace, "idle since the response")
+	assert.Less(t, time.Since(start), tcptest.Patience, "duration of Drain")
+	c.RequireClosed(t)
+}
+
+// The test reports the states of the connection itself: it is idle for a moment, as that of an
+// HTTP/2 client with several requests at a time, and then has a request in flight again. The
+// shortest of several: one that is twice as long is not due to a busy machine.
+func TestBusyConnectionsDoNotPostponeShutdown(t *testing.T) {
+	t.Parallel()
+	shortest := time.Hour
+	for range 10 {
+		server := &http.Server{Handler: nothing}
+		drainer := httpdrain.New(server)
+		drainer.Grace = 2 * shortGrace
+		shutdown := make(chan struct{})
+		server.RegisterOnShutdown(func() { close(shutdown) })
+		conn, _ := net.Pipe()
+		server.ConnState(conn, http.StateNew)
+		server.ConnState(conn, http.StateActive)
+		start := time.Now()
+		drained := make(chan error, 1)
+		go func() { drained <- drainer.Drain(context.Background()) }()
+		<-time.After(shortGrace)
+		server.ConnState(conn, http.StateIdle)
+		server.ConnState(conn, http.StateActive)
+		tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+		shortest = min(shortest, time.Since(start))
+		server.ConnState(conn, http.StateClosed)
+		requireDrained(t, drained)
+		if shortest < 3*shortGrace {
+			return
+		}
+	}
+	assert.Less(t, shortest, 3*shortGrace, "until Shutdown is called")
+}
+
+func TestTwoCallsOfDrainReturn(t *testing.T) {
+	b := newBlocking(nothing, hello)
+	s := startService(t, tcptest.Listen(t), nil, b)
+	c := s.get(t, "/")
+	b.awaitEntered(t)
+	first := s.startDrain(t, context.Background())
+	second := s.drain(context.Background())
+	close(b.release)
+	c.Response(t)
+	c.Close()
+	requireDrained(t, first)
+	requireDrained(t, second)
+}
+
+// What Drain does not know
+
+// A taggedConn cannot be a key of a map.
+type taggedConn struct {
+	net.Conn
+	tags []string
+}
+
+type tagging struct{ net.Listener }
+
+func (l tagging) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return taggedConn{Conn: conn}, err
+}
+
+func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
+	for name, tt := range map[string]struct {
+		listener func(net.Listener) net.Listener
+		replace  func(*http.Server)
+		message  string // a part of the error of Drain
+	}{
+		"cannot be a map key": {
+			func(l net.Listener) net.Listener { return tagging{l} }, func(*http.Server) {}, "",
+		},
+		"ConnState replaced": {
+			func(l net.Listener) net.Listener { return l },
+			func(server *http.Server) { server.ConnState = func(net.Conn, http.ConnState) {} },
+			"ConnState was replaced",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBlocking(nothing, hello)
+			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
+			drainer := httpdrain.New(server)
+			tt.replace(server)
+			l := tcptest.Listen(t)
+			served := make(chan error, 1)
+			go func() { served <- server.Serve(tt.listener(l)) }()
+			idle, inFlight := httpclient.Dial(t, l.Addr().String(), nil), httpclient.Dial(t, l.Addr().String(), nil)
+			idle.Get(t, "/")
+			idle.Response(t)
+			inFlight.Get(t, "/blocking")
+			b.awaitEntered(t)
+			drained := make(chan error, 1)
+			go func() { drained <- drainer.Drain(context.Background()) }()
+			idle.RequireClosed(t)
+			select {
+			case <-drained:
+				assert.Fail(t, "Drain has returned while a request is in flight")
+			default:
+			}
+			close(b.release)
+			_, body := inFlight.Response(t)
+			assert.Equal(t, "Hello", body)
+			err := tcptest.Receive(t, drained, "return of Drain")
+			if tt.message == "" {
+				assert.NoError(t, err)
+			} else {
+				assert.ErrorContains(t, err, tt.message)
+			}
+			assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, served, "return of Serve"))
+		})
+	}
+}
+
+func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) {
+	b := newBlocking(nothing, hello)
+	server := &http.Server{Handler: b}
+	drainer := httpdrain.New(server)
+	l := tcptest.Listen(t)
+	go server.Serve(tagging{l})
+	c := httpclient.Dial(t, l.Addr().String(), nil)
+	c.Get(t, "/")
+	b.awaitEntered(t)
+	defer close(b.release)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err := drainer.Drain(ctx)
+	assert.ErrorIs(t, err, context.Canceled)
+	assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
+	c.RequireClosed(t)
 }

@@ -3,9 +3,14 @@ package httpdrain_test
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
+	"math/rand/v2"
+	"net"
 	"net/http"
+	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -82,3 +87,178 @@ func drainUnderLoad(t testing.TB, c client, servers int, shutdown func(*service,
 	shutdowns.Wait()
 	return load
 }
+
+// Rolling update: each of three instances is shut down after the other, and replaced. The load
+// balancer picks an instance for each connection, as a Kubernetes Service does.
+
+const (
+	rollingGrace = 500 * time.Millisecond
+	rollingDelay = 3 * rollingGrace       // the load balancer notices after half of it
+	slowInterval = 750 * time.Millisecond // between the grace and delay + grace
+	oneWayDelay  = 10 * time.Millisecond
+)
+
+func TestRollingUpdateFailsNoRequest(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds")
+	}
+	for name, http2 := range map[string]bool{"HTTP/1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, load := range rollingUpdate(t, http2, inDocumentedOrder) {
+				load.RequireNoneFailed(t)
+			}
+		})
+	}
+}
+
+// inDocumentedOrder is the order of section "Load balancers". The caller has stopped the probe.
+func inDocumentedOrder(t testing.TB, s *service) {
+	s.drainer.DisableKeepAlives()
+	time.Sleep(rollingDelay)
+	s.sl.Drain()
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served, "return of Serve"))
+	assert.NoError(t, s.sl.Close())
+	ctx, cancel := context.WithTimeout(context.Background(), tcptest.Patience)
+	defer cancel()
+	assert.NoError(t, s.drainer.Drain(ctx))
+}
+
+// rollingUpdate replaces three instances under load, one after the other.
+func rollingUpdate(
+	t testing.TB, http2 bool, shutDown func(testing.TB, *service),
+) (loads []*httpload.Load) {
+	var config *tls.Config
+	url := "http://balancer"
+	if http2 {
+		config = httpclient.ServerTLS()
+		url = "https://balancer"
+	}
+	noticing, retrying := new(balancer), &balancer{retries: true}
+	start := func() *service {
+		s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(
+			func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
+		s.drainer.Grace = rollingGrace
+		noticing.add(s.sl.Addr().String())
+		retrying.add(s.sl.Addr().String())
+		return s
+	}
+	running := []*service{start(), start(), start()}
+
+	load := func(b *balancer, clients int, keepAlive bool, pause time.Duration) {
+		loads = append(loads, httpload.Start(t, url, clients, httpload.Echo, func() *http.Client {
+			client := httpclient.NewClient(config, http2, keepAlive)
+			transport := client.Transport.(*http.Transport)
+			transport.DialContext = b.dial
+			client.Transport = paced{transport, pause}
+			return client
+		}))
+	}
+	load(noticing, 8, true, 0)
+	if !http2 {
+		load(noticing, 4, false, 0)
+		load(noticing, 200, true, slowInterval) // so many that some send when it matters
+		if refuses() {                          // otherwise, they lose what is in the accept queue
+			load(retrying, 16, false, 0)
+		}
+	}
+	for _, s := range running {
+		loads[0].AwaitRequests(t, 100)
+		start()
+		addr := s.sl.Addr().String()
+		notice := time.AfterFunc(rollingDelay/2, func() { noticing.remove(addr) })
+		shutDown(t, s)
+		notice.Stop()
+		noticing.remove(addr)
+	}
+	for _, load := range loads {
+		load.Stop()
+	}
+	return loads
+}
+
+// paced is a transport of clients that wait before each request.
+type paced struct {
+	*http.Transport
+	pause time.Duration
+}
+
+func (p paced) RoundTrip(r *http.Request) (*http.Response, error) {
+	time.Sleep(p.pause)
+	return p.Transport.RoundTrip(r)
+}
+
+// A balancer picks an instance for each connection. One that retries never notices, and tries
+// another instance if the connection is refused, as nginx does; it is near the instances.
+type balancer struct {
+	retries bool
+
+	mu    sync.Mutex // guards addrs
+	addrs []string
+}
+
+func (b *balancer) add(addr string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.addrs = append(b.addrs, addr)
+}
+
+func (b *balancer) remove(addr string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.addrs = slices.DeleteFunc(b.addrs, func(a string) bool { return a == addr })
+}
+
+func (b *balancer) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+	for {
+		b.mu.Lock()
+		addr := b.addrs[rand.IntN(len(b.addrs))]
+		b.mu.Unlock()
+		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+		switch {
+		case err == nil && b.retries:
+			return conn, nil
+		case err == nil:
+			return delayConn(conn), nil
+		case !b.retries || !errors.Is(err, syscall.ECONNREFUSED):
+			return nil, err
+		}
+	}
+}
+
+// delayConn returns a connection on which everything arrives later, as on a long path.
+func delayConn(conn net.Conn) net.Conn {
+	client, far := net.Pipe()
+	go copyDelayed(conn, far)
+	go copyDelayed(far, conn)
+	return client
+}
+
+// copyDelayed copies from src to dst until that fails, and closes dst.
+func copyDelayed(dst, src net.Conn) {
+	type packet struct {
+		due  time.Time
+		data []byte
+	}
+	packets := make(chan packet, 1000)
+	go func() {
+		defer close(packets)
+		for {
+			data := make([]byte, 4096)
+			n, err := src.Read(data)
+			if err != nil {
+				return
+			}
+			packets <- packet{time.Now().Add(oneWayDelay), data[:n]}
+		}
+	}()
+	for p := range packets {
+		time.Sleep(time.Until(p.due))
+		if _, err := dst.Write(p.data); err != nil {
+			src.Close()
+		}
+	}
+	dst.Close()
+}
+
+func refuses() bool { return true }

@@ -123,9 +123,10 @@ func NewClient(server *tls.Config, http2, keepAlive bool) *http.Client {
 	}}
 }
 
-// Post posts body and returns the body of the response.
+// Post posts body and returns the body of the response. The client cannot read the body twice,
+// so it cannot send the request again if the server closes the connection.
 func Post(client *http.Client, url, body string) (string, error) {
-	resp, err := client.Post(url, "text/plain", strings.NewReader(body))
+	resp, err := client.Post(url, "text/plain", struct{ io.Reader }{strings.NewReader(body)})
 	if err != nil {
 		return "", err
 	}
