@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/httpdrain"
@@ -43,6 +44,34 @@ func BenchmarkDrain(b *testing.B) {
 			b.ReportMetric(0, "ns/op")
 		})
 	}
+}
+
+// BenchmarkRollingUpdate counts the requests that fail because an instance behind a load balancer
+// is replaced.
+func BenchmarkRollingUpdate(b *testing.B) {
+	shutdown := func(t testing.TB, s *service) {
+		assert.NoError(t, s.server.Shutdown(context.Background()))
+		assert.NoError(t, s.sl.Close())
+	}
+	variants := map[string]func(testing.TB, *service){
+		"Shutdown":       shutdown,
+		"sleep+Shutdown": func(t testing.TB, s *service) { time.Sleep(rollingDelay); shutdown(t, s) },
+		"drain":          inDocumentedOrder,
+	}
+	failed := make(map[string]int64)
+	for range b.N {
+		for variant, shutDown := range variants {
+			for _, http2 := range []bool{false, true} {
+				for _, load := range rollingUpdate(b, http2, shutDown) {
+					failed[variant] += load.Failed()
+				}
+			}
+		}
+	}
+	for variant, n := range failed {
+		b.ReportMetric(float64(n)/float64(b.N*6), variant+"-failed/instance")
+	}
+	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkRequest measures what a Drainer adds to each request that is served before Drain:

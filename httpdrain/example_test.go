@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -15,10 +16,13 @@ import (
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 )
 
-// Ctrl+C or SIGTERM shuts the server down gracefully. Requests in flight have ten seconds
-// to complete.
+// delay is longer than the load balancer needs to notice that the server is not ready.
+const delay = 5 * time.Second
+
+// A server behind a load balancer, such as a Kubernetes Service or haproxy. SIGTERM shuts it
+// down so that a rolling update fails no request. A second signal exits at once.
 func Example() {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", ":"+os.Getenv("PORT"))
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -26,25 +30,31 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	server := &http.Server{Handler: http.NotFoundHandler()}
+	var stopping atomic.Bool
+	http.HandleFunc("/ready", func(w http.ResponseWriter, _ *http.Request) {
+		if stopping.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "Hello") })
+	server := &http.Server{Handler: http.DefaultServeMux}
 	drainer := httpdrain.New(server)
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, sl.Stop)
-	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
-
-	go cancel() // in this example only, instead of Ctrl+C
-
+	context.AfterFunc(ctx, cancel) // the next signal is not caught
+	context.AfterFunc(ctx, func() {
+		stopping.Store(true)
+		drainer.DisableKeepAlives()
+		time.Sleep(delay)
+		sl.Drain()
+	})
+	log.Print("serving on ", sl.Addr())
 	if err := server.Serve(sl); err != stoppablelistener.StoppedError {
 		log.Fatal(err)
 	}
-	drainCtx, cancelDrain := context.WithTimeout(context.Background(), 10*time.Second)
+	drainCtx, cancelDrain := context.WithTimeout(context.Background(), 15*time.Second)
 	defer cancelDrain()
 	if err := drainer.Drain(drainCtx); err != nil {
-		log.Print(err)
+		log.Fatal(err)
 	}
-	fmt.Println("shut down")
-
-	// Output:
-	// shut down
 }
