@@ -25,17 +25,18 @@
 // requests fail: Shutdown closes idle connections even while a client is sending on one, and
 // since Go 1.25 connections that were accepted but not yet read from (golang/go#75591).
 //
-// Serve closes its listener when it returns. After Drain, that resets no connection. If the
-// socket is used again after Stop, keep it open: pass Serve a wrapper whose Close method calls
-// Stop, as the example of [StoppableListener.Stop] does. A Close method that does nothing is
-// not enough, because Shutdown waits for Serve to return.
+// Serve closes its listener when it returns. After Drain, that resets no connection, within the
+// limits of [StoppableListener.Drain]. If the socket is used again after Stop, keep it open:
+// pass Serve a wrapper whose Close method calls Stop, as the example of [StoppableListener.Stop]
+// does. A Close method that does nothing is not enough, because Shutdown waits for Serve to
+// return.
 //
 // # Child processes
 //
 // Pass the file that [StoppableListener.File] returns to a child process in
 // [os/exec.Cmd.ExtraFiles], and both processes can accept connections from the same socket.
-// Stop in one process does not affect the other. The child calls [net.FileListener] and New.
-// Package restart does all of this to restart a server without downtime.
+// Stop in one process does not affect the other; Drain does. The child calls [net.FileListener]
+// and New. Package restart does all of this to restart a server without downtime.
 //
 // With the file that the File method of the plain *net.TCPListener returns, starting the child
 // or calling Fd sets the socket to blocking mode in both processes. An Accept that is called
