@@ -1,5 +1,5 @@
-// Package httpdrain shuts down an http.Server gracefully: it fails far fewer requests than
-// Shutdown, on most servers none.
+// Package httpdrain shuts down an http.Server gracefully, with far fewer failed requests than
+// Shutdown:
 //
 //	drainer := httpdrain.New(server) // before Serve
 //	go server.Serve(sl)              // sl is a StoppableListener
@@ -11,8 +11,8 @@
 // request on one, and since Go 1.25 also connections that were accepted but not yet read from
 // (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
 // Its responses carry Connection: close, or are followed by GOAWAY (HTTP/2), so that clients
-// open new connections for their next requests. No request fails of an HTTP/1 client that sends
-// one on each of its connections during the grace period.
+// open new connections for their next requests. An HTTP/1 client that sends a request on each of
+// its connections during the grace period sees no error.
 //
 // # Load balancers
 //
@@ -32,8 +32,8 @@
 //
 // The delay must exceed the time until the last load balancer has noticed: with health checks,
 // their interval times the number that must fail; in Kubernetes, where the deletion of a Pod
-// has to reach each node, usually some seconds. No request fails of an HTTP/1 client that sends
-// one on each of its connections at least every delay + Grace.
+// has to reach each node, usually some seconds. An HTTP/1 client that sends a request on each of
+// its connections at least every delay + Grace sees no error.
 //
 // In Kubernetes, terminationGracePeriodSeconds must exceed delay + Grace + the longest request
 // + 3 s. A preStop hook that sleeps is no substitute for the delay, because the process does
@@ -50,6 +50,10 @@
 // set. It is not set for CONNECT and Upgrade requests, unless the upgrade is to h2c or TLS,
 // which package http ignores. A handler must not set Connection: keep-alive itself: its clients
 // would send their next requests on a connection that is about to be closed.
+//
+// An informational response that a handler sends, such as 103 Early Hints, would carry
+// Connection: close too. Clients reject that: Node.js always, others over HTTP/2. Such a handler
+// should delete the header before, and may set it again after.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -75,9 +79,6 @@
 //     sent at the end of the grace period. Package http sends one GOAWAY, with the last stream
 //     that it has seen, not the two of RFC 9113, section 6.8. Many clients send such a request
 //     again if they can send its body again.
-//
-// An informational response that a handler sends, such as 103 Early Hints, carries Connection:
-// close too, which Node.js rejects.
 package httpdrain
 
 import (
