@@ -103,7 +103,8 @@ type Drainer struct {
 
 	server             *http.Server
 	keepAlivesDisabled atomic.Bool
-	phase              atomic.Int32 // of Drain; it only grows, with mu held
+	draining           atomic.Bool // Drain has been called
+	shutdown           atomic.Bool // the server's Shutdown has been called
 
 	accepted atomic.Int64 // number of calls of ConnContext
 	reported atomic.Int64 // number of connections that were reported to ConnState
@@ -111,24 +112,16 @@ type Drainer struct {
 	conns    sync.Map     // open connections that are not hijacked: net.Conn to *connInfo
 	open     atomic.Int64 // number of conns
 
-	fresh    atomic.Int64 // number of connections that have become idle in phase grace, and are
+	fresh    atomic.Int64 // number of conns that have become idle since Drain was called, and are
 	mu       sync.Mutex   // guards lastIdle
-	lastIdle time.Time    // when the last of the fresh connections has become idle
+	lastIdle time.Time    // when the last of these has become idle
 	changed  sync.Cond    // open or fresh has become zero, or a context is done; its lock is mu
 }
-
-// The phases of Drain.
-const (
-	serving  int32 = iota
-	grace          // until Grace is over
-	settling       // until the fresh connections have been idle for Grace
-	shutdown       // Shutdown has been called
-)
 
 // A connInfo is what a Drainer knows about a connection.
 type connInfo struct {
 	state atomic.Int32 // the last http.ConnState
-	fresh bool         // it is idle since the grace period has started; only setState uses it
+	fresh bool         // it has become idle since Drain was called; only setState uses it
 }
 
 func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int32(state) }
@@ -158,7 +151,7 @@ func New(server *http.Server) *Drainer {
 		case 2:
 			if inFlight, ok := r.Context().Value(inFlightKey).(*atomic.Int64); ok {
 				defer inFlight.Add(-1)
-				if inFlight.Add(1) == 1 && d.phase.Load() != serving {
+				if inFlight.Add(1) == 1 && d.draining.Load() {
 					w.Header().Set("Connection", "close") // package http sends GOAWAY instead
 				}
 			}
@@ -175,9 +168,6 @@ func New(server *http.Server) *Drainer {
 		d.accepted.Add(1)
 		if connContext != nil {
 			ctx = connContext(ctx, conn)
-		}
-		if ctx == nil {
-			return nil // package http reports this
 		}
 		return context.WithValue(ctx, inFlightKey, new(atomic.Int64))
 	}
@@ -218,11 +208,10 @@ func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
 // contains a slice: they have no grace period, and Drain waits for them as Shutdown does.
 func (d *Drainer) Drain(ctx context.Context) error {
 	d.DisableKeepAlives()
-	d.enter(grace)
+	d.draining.Store(true)
 	graceCtx, cancel := context.WithTimeout(ctx, d.Grace)
 	defer cancel()
 	d.wait(graceCtx, &d.open)
-	d.enter(settling)
 	d.mu.Lock()
 	settled := d.lastIdle.Add(d.Grace)
 	d.mu.Unlock()
@@ -232,7 +221,7 @@ func (d *Drainer) Drain(ctx context.Context) error {
 
 	cancel()
 	_ = d.server.Shutdown(settleCtx) // does not wait, because settleCtx is done
-	d.enter(shutdown)
+	d.shutdown.Store(true)
 	d.eachInState(http.StateNew, func(conn net.Conn, _ *connInfo) { _ = conn.Close() })
 	d.eachInState(http.StateIdle, closeIfIdleLater)
 	if d.wait(ctx, &d.open) {
@@ -245,13 +234,6 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	})
 	_ = d.server.Close()
 	return err
-}
-
-// enter starts a phase, unless a later one has started.
-func (d *Drainer) enter(phase int32) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.phase.Store(max(d.phase.Load(), phase))
 }
 
 // wait waits until n, which is open or fresh, is zero, and returns false if ctx is done before.
@@ -329,9 +311,9 @@ func (d *Drainer) setState(conn net.Conn, state http.ConnState) {
 		if value, ok := d.conns.Load(conn); ok {
 			info := value.(*connInfo)
 			info.state.Store(int32(state))
-			if d.phase.Load() != serving {
+			if d.draining.Load() {
 				d.setFresh(info, state == http.StateIdle)
-				if state == http.StateIdle && d.phase.Load() == shutdown {
+				if state == http.StateIdle && d.shutdown.Load() {
 					closeIfIdleLater(conn, info)
 				}
 			}
@@ -351,22 +333,19 @@ func isKey(conn net.Conn) bool {
 	return reflect.TypeOf(conn).Kind() == reflect.Pointer || reflect.ValueOf(conn).Comparable()
 }
 
-// setFresh is called when the connection has become idle, or is not idle any more.
-func (d *Drainer) setFresh(info *connInfo, idle bool) {
-	switch {
-	case info.fresh && !idle:
-		info.fresh = false
-		if d.fresh.Add(-1) == 0 {
-			d.wake()
-		}
-	case idle && d.phase.Load() == grace:
+// setFresh is called after Drain when a connection has become idle, or is not idle any more.
+func (d *Drainer) setFresh(info *connInfo, fresh bool) {
+	if info.fresh == fresh {
+		return
+	}
+	info.fresh = fresh
+	if fresh {
 		d.mu.Lock()
-		defer d.mu.Unlock()
-		if !info.fresh && d.phase.Load() == grace {
-			info.fresh = true
-			d.fresh.Add(1)
-			d.lastIdle = time.Now()
-		}
+		d.lastIdle = time.Now()
+		d.mu.Unlock()
+		d.fresh.Add(1)
+	} else if d.fresh.Add(-1) == 0 {
+		d.wake()
 	}
 }
 
