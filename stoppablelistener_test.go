@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -144,21 +145,13 @@ func TestNewClearsTheDeadline(t *testing.T) {
 
 // Starting a child process with the plain listener's File sets blocking mode, even if it fails.
 func TestNewSetsNonblockingMode(t *testing.T) {
-	const child = "child"
-	if tcptest.ChildRole() == child {
-		return
-	}
-	tcptest.RequireInheritance(t)
+	proctest.RequireInheritance(t)
 	for name, start := range map[string]func(*testing.T, *os.File){
 		"cannot be started": func(t *testing.T, file *os.File) {
 			cmd := exec.Cmd{Path: t.TempDir(), ExtraFiles: []*os.File{file}} // a directory
 			require.Error(t, cmd.Start())
 		},
-		"exits at once": func(t *testing.T, file *os.File) {
-			cmd, output := tcptest.ChildProcess(t, child)
-			cmd.ExtraFiles = []*os.File{file}
-			require.NoError(t, cmd.Run(), output)
-		},
+		"exits at once": runChild,
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := tcptest.Listen(t)
@@ -339,18 +332,10 @@ func TestAcceptOfAListenerClosedBetweenPollsReturnsTheErrorOfPackageNet(t *testi
 
 // Starting a child process, and Fd, set blocking mode for the files of package net.
 func TestFileLeavesNonblockingMode(t *testing.T) {
-	const child = "child"
-	if tcptest.ChildRole() == child {
-		return
-	}
-	tcptest.RequireInheritance(t)
+	proctest.RequireInheritance(t)
 	for name, use := range map[string]func(*testing.T, *os.File){
-		"child process": func(t *testing.T, file *os.File) {
-			cmd, output := tcptest.ChildProcess(t, child)
-			cmd.ExtraFiles = []*os.File{file}
-			require.NoError(t, cmd.Run(), output)
-		},
-		"Fd": func(_ *testing.T, file *os.File) { file.Fd() },
+		"child process": runChild,
+		"Fd":            func(_ *testing.T, file *os.File) { file.Fd() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := tcptest.Listen(t)
@@ -691,6 +676,13 @@ func TestHTTPServerShutsDownWithAWrapperWhoseCloseCallsStop(t *testing.T) {
 }
 
 // Helpers
+
+// runChild runs a child process that inherits file and exits at once.
+func runChild(t *testing.T, file *os.File) {
+	cmd := exec.Command(proctest.Self(t), "-test.run", "^$")
+	cmd.ExtraFiles = []*os.File{file}
+	proctest.Start(t, cmd).RequireStatus(t, 0)
+}
 
 // requireNetClosed requires the error that package net's Accept returns for a closed listener.
 func requireNetClosed(t testing.TB, err error) {

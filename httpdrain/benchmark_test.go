@@ -7,7 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
+	"os/exec"
 	"slices"
 	"testing"
 	"time"
@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/httpdrain"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -107,36 +108,33 @@ func BenchmarkRequest(b *testing.B) {
 // to close 10,000 idle connections. Their clients are in another process, because of the
 // limit of open files.
 func BenchmarkDrainOfIdleConnections(b *testing.B) {
-	const conns = 10_000
-	if addr := tcptest.ChildRole(); addr != "" {
-		dialAndAwaitClose(b, addr, conns)
-		os.Exit(0)
-	}
 	var took time.Duration
 	for range b.N {
 		s := startService(b, tcptest.Listen(b), nil, hello)
 		s.drainer.Grace = shortGrace
-		cmd, output := tcptest.ChildProcess(b, s.sl.Addr().String())
-		cmd.Args = append(cmd.Args, "-test.bench", "^"+b.Name()+"$", "-test.benchtime", "1x")
-		require.NoError(b, cmd.Start())
-		idle := func() bool { return s.countConns(http.StateIdle) == conns }
+		p := proctest.Start(b, exec.Command(proctest.Self(b), s.sl.Addr().String()))
+		idle := func() bool { return s.countConns(http.StateIdle) == idleConns }
 		for deadline := time.Now().Add(6 * tcptest.Patience); !idle(); time.Sleep(10 * time.Millisecond) {
-			require.True(b, time.Now().Before(deadline), "not all connections are idle: %s", output)
+			require.True(b, time.Now().Before(deadline), "not all connections are idle: %s", p.Errors(b))
 		}
 		s.stop(b)
 		start := time.Now()
 		require.NoError(b, s.drainer.Drain(context.Background()))
 		took += time.Since(start) - shortGrace
-		require.NoError(b, cmd.Wait(), "a connection is not closed: %s", output)
+		p.RequireStatus(b, 0) // each connection is closed
 	}
 	b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "ms/drain")
 	b.ReportMetric(0, "ns/op")
 }
 
-// dialAndAwaitClose makes connections, sends a request on each, and waits until the server has
-// closed all of them.
-func dialAndAwaitClose(b *testing.B, addr string, n int) {
-	conns := make([]net.Conn, n)
+// idleConns is how many connections the clients of that benchmark have.
+const idleConns = 10_000
+
+// idleClients makes the connections to addr, sends a request on each, and waits until the server
+// has closed all of them. TestMain runs it in the process that the benchmark starts.
+func idleClients(addr string) {
+	b := proctest.TB{}
+	conns := make([]net.Conn, idleConns)
 	for i := range conns {
 		conn, err := net.Dial("tcp", addr)
 		require.NoError(b, err)

@@ -6,7 +6,6 @@
 package benchmarks_test
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -18,7 +17,6 @@ import (
 	"runtime/debug"
 	"runtime/metrics"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,8 +26,12 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
+
+// TestMain runs idle in the processes that BenchmarkIdle starts.
+func TestMain(m *testing.M) { proctest.Main(m, func(string) { idle(os.Args[1]) }) }
 
 func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, 1) }
 
@@ -265,48 +267,45 @@ func BenchmarkServe(b *testing.B) {
 // BenchmarkIdle counts how often a goroutine that is blocked in Accept wakes up in a minute.
 // Each variant is a process of its own, because the runtime counts for a whole process.
 func BenchmarkIdle(b *testing.B) {
-	const listeners = 2000
-	if name := tcptest.ChildRole(); name != "" {
-		variant := variants[slices.IndexFunc(variants, func(v variant) bool { return v.name == name })]
-		for i := range listeners {
-			l, _ := variant.wrap(b, tcptest.Listen(b))
-			if sl, ok := l.(*stoppablelistener.StoppableListener); ok && i%2 == 0 {
-				require.NoError(b, sl.SetDeadline(time.Now().Add(time.Hour))) // makes no poll longer
-			}
-			tcptest.Accept(l)
-		}
-		tcptest.AwaitAcceptors(b, listeners)
-		debug.FreeOSMemory() // otherwise, the runtime does so meanwhile, which counts too
-		before := timesScheduled()
-		time.Sleep(time.Minute)
-		fmt.Printf("\nwake-ups: %g\n", float64(timesScheduled()-before)/listeners)
-		os.Exit(0)
+	if testing.Short() {
+		b.Skip("takes a minute")
 	}
 	wakeUps := samples{}
 	for range b.N {
-		var idling sync.WaitGroup
-		outputs := make([]*bytes.Buffer, len(variants))
+		programs := make([]*proctest.Program, len(variants))
 		for i, variant := range variants {
-			var cmd *exec.Cmd
-			cmd, outputs[i] = tcptest.ChildProcess(b, variant.name)
-			cmd.Args = append(cmd.Args, "-test.bench", "^"+b.Name()+"$", "-test.benchtime", "1x")
-			idling.Add(1)
-			go func() {
-				defer idling.Done()
-				assert.NoError(b, cmd.Run(), outputs[i])
-			}()
+			programs[i] = proctest.Start(b, exec.Command(proctest.Self(b), variant.name))
 		}
-		idling.Wait()
-		for i, variant := range variants {
-			_, after, _ := strings.Cut(outputs[i].String(), "wake-ups:")
+		for i, p := range programs {
+			<-p.Next(b).Exited // after a minute
 			var n float64
-			_, err := fmt.Sscan(after, &n)
-			require.NoError(b, err, outputs[i])
-			wakeUps.add(variant, n)
+			_, err := fmt.Sscan(p.Line(b), &n)
+			require.NoError(b, err, p.Errors(b))
+			p.RequireStatus(b, 0)
+			wakeUps.add(variants[i], n)
 		}
 	}
 	wakeUps.report(b, "wake-ups/min", 0.5)
 	assert.InDelta(b, 1, wakeUps.quantile(ours, 0.5), 0.3, "wake-ups a minute") // .ci/run checks this
+}
+
+// idle prints how often a goroutine of that variant wakes up in a minute.
+func idle(name string) {
+	const listeners = 2000
+	b := proctest.TB{}
+	variant := variants[slices.IndexFunc(variants, func(v variant) bool { return v.name == name })]
+	for i := range listeners {
+		l, _ := variant.wrap(b, tcptest.Listen(b))
+		if sl, ok := l.(*stoppablelistener.StoppableListener); ok && i%2 == 0 {
+			require.NoError(b, sl.SetDeadline(time.Now().Add(time.Hour))) // makes no poll longer
+		}
+		tcptest.Accept(l)
+	}
+	tcptest.AwaitAcceptors(b, listeners)
+	debug.FreeOSMemory() // otherwise, the runtime does so meanwhile, which counts too
+	before := timesScheduled()
+	time.Sleep(time.Minute)
+	fmt.Println(float64(timesScheduled()-before) / listeners)
 }
 
 // samples are what was measured, by name of the variant.

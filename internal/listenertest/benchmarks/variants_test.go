@@ -15,18 +15,18 @@ import (
 // loop accepts from and the function that stops the loop.
 type variant struct {
 	name string
-	wrap func(*testing.B, *net.TCPListener) (l net.Listener, stop func())
+	wrap func(testing.TB, *net.TCPListener) (l net.Listener, stop func())
 }
 
 var (
-	plain = variant{"plain", func(_ *testing.B, l *net.TCPListener) (net.Listener, func()) {
+	plain = variant{"plain", func(_ testing.TB, l *net.TCPListener) (net.Listener, func()) {
 		return l, func() { l.Close() }
 	}}
-	classic = variant{"classic", func(_ *testing.B, l *net.TCPListener) (net.Listener, func()) {
+	classic = variant{"classic", func(_ testing.TB, l *net.TCPListener) (net.Listener, func()) {
 		p := &poller{l, make(chan struct{})}
 		return p, func() { close(p.stop) }
 	}}
-	ours = variant{"ours", func(b *testing.B, l *net.TCPListener) (net.Listener, func()) {
+	ours = variant{"ours", func(b testing.TB, l *net.TCPListener) (net.Listener, func()) {
 		sl := tcptest.Wrap(b, l)
 		return sl, sl.Stop
 	}}

@@ -3,23 +3,24 @@
 package faults_test
 
 import (
-	"errors"
 	"io"
 	"net"
 	"os"
 	"os/exec"
 	"runtime"
-	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
+
+// TestMain runs child in the process that a test starts.
+func TestMain(m *testing.M) { proctest.Main(m, func(string) { child() }) }
 
 // Connections are always pending, so that no Accept blocks and no poll ends.
 func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
@@ -60,30 +61,29 @@ func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
 	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
 }
 
-// The test binary itself is the child process. It is started while the parent accepts.
-func TestChildProcessServesTheSameSocket(t *testing.T) {
-	const child = "child"
-	if tcptest.ChildRole() == child {
-		inherited, err := net.FileListener(os.NewFile(3, "listener"))
-		require.NoError(t, err)
-		sl := tcptest.Wrap(t, inherited)
-		served := make(chan error, 1)
-		go func() { served <- serve(sl, child, func() {}) }()
-		_, err = io.Copy(io.Discard, os.Stdin) // the parent closes it
-		require.NoError(t, err)
-		sl.Stop()
-		tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
-		return
-	}
-	tcptest.RequireInheritance(t)
+// child serves the socket that it has inherited, until the parent closes standard input.
+func child() {
+	t := proctest.TB{}
+	inherited, err := net.FileListener(os.NewFile(3, "listener"))
+	require.NoError(t, err)
+	sl := tcptest.Wrap(t, inherited)
+	served := make(chan error, 1)
+	go func() { served <- serve(sl, "child", func() {}) }()
+	_, err = io.Copy(io.Discard, os.Stdin)
+	require.NoError(t, err)
+	sl.Stop()
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of the accept loop"))
+}
 
+// The child process is started while the parent accepts.
+func TestChildProcessServesTheSameSocket(t *testing.T) {
+	proctest.RequireInheritance(t)
 	for range 3 {
-		cmd, output := tcptest.ChildProcess(t, child)
 		l := tcptest.Listen(t)
 		byParent, parentServes := tcptest.Countdown(100)
 		byChild, childServes := tcptest.Countdown(100)
 		stopLoad := load(t, l, 8, func(name string) {
-			if name == child {
+			if name == "child" {
 				byChild()
 			}
 		})
@@ -94,10 +94,11 @@ func TestChildProcessServesTheSameSocket(t *testing.T) {
 
 		file, err := sl.File()
 		require.NoError(t, err)
+		cmd := exec.Command(proctest.Self(t))
 		cmd.ExtraFiles = []*os.File{file}
 		stdin, err := cmd.StdinPipe()
 		require.NoError(t, err)
-		require.NoError(t, cmd.Start())
+		p := proctest.Start(t, cmd)
 		require.NoError(t, file.Close())
 		tcptest.Receive(t, childServes, "100 responses of the child")
 		sl.Stop()
@@ -106,78 +107,8 @@ func TestChildProcessServesTheSameSocket(t *testing.T) {
 
 		stopLoad()
 		require.NoError(t, stdin.Close())
-		require.NoError(t, cmd.Wait(), output)
+		p.RequireStatus(t, 0)
 	}
-}
-
-// The test binary itself runs as a child process with few descriptors. Linux keeps a
-// connection in the accept queue if no descriptor is free, and macOS drops it.
-func TestNoDescriptorIsFree(t *testing.T) {
-	const child, limit = "no descriptors", 64
-	if tcptest.ChildRole() != child {
-		sh, err := exec.LookPath("sh")
-		if err != nil {
-			t.Skip("no shell to lower the limit: ", err)
-		}
-		cmd, output := tcptest.ChildProcess(t, child)
-		cmd.Args = append([]string{"sh", "-c", `ulimit -n 64 && exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
-		cmd.Args = append(cmd.Args, "-test.v")
-		cmd.Path = sh
-		require.NoError(t, cmd.Run(), output)
-		if strings.Contains(output.String(), "--- SKIP") {
-			t.Skip(output)
-		}
-		return
-	}
-
-	const fails = 3
-	l := tcptest.Listen(t)
-	sl := tcptest.Wrap(t, l)
-	for range fails + 1 {
-		tcptest.Dial(t, l)
-	}
-	var files []*os.File
-	for {
-		file, err := os.Open(os.DevNull)
-		if err != nil {
-			require.ErrorIs(t, err, syscall.EMFILE)
-			break
-		}
-		files = append(files, file)
-		if len(files) == limit {
-			t.Skip("there is no such limit here")
-		}
-	}
-
-	for range fails {
-		_, err := sl.Accept()
-		require.ErrorIs(t, err, syscall.EMFILE)
-		var temporary interface{ Temporary() bool }
-		require.ErrorAs(t, err, &temporary)
-		require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
-	}
-	fail, failing := tcptest.Countdown(1)
-	returned := make(chan error, 1)
-	go func() {
-		for {
-			_, err := sl.Accept()
-			if !errors.Is(err, syscall.EMFILE) {
-				returned <- err
-				return
-			}
-			fail()
-		}
-	}()
-	tcptest.Receive(t, failing, "error of Accept")
-	sl.Stop()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, returned, "return of the accept loop"))
-
-	require.NoError(t, files[0].Close()) // for a client
-	require.NoError(t, files[1].Close()) // for its connection
-	tcptest.Dial(t, l)
-	conn, err := tcptest.Wrap(t, l).Accept()
-	require.NoError(t, err)
-	conn.Close()
 }
 
 func TestManyRoundsLeakNothing(t *testing.T) {

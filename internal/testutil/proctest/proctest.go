@@ -1,7 +1,7 @@
 // Package proctest runs the test binary as the program under test, in processes of its own.
 //
 // Each process reports to the test and stays connected until it exits, so the test knows
-// of all processes, including those that were started by others.
+// of all processes, including those that were started by others, and kills what is left.
 package proctest
 
 import (
@@ -45,6 +45,17 @@ func Main(m *testing.M, program func(version string)) {
 	program(os.Getenv(versionEnv))
 	runtime.KeepAlive(conn)
 }
+
+// TB is what a program passes to helpers of tests: it panics instead of failing a test.
+type TB struct{ testing.TB }
+
+func (TB) Name() string { return "program" }
+
+func (TB) Helper() {}
+
+func (TB) Cleanup(func()) {} // the system cleans up at exit
+
+func (TB) Errorf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
 
 // A Program is a command and all processes that it has started.
 type Program struct {
@@ -158,6 +169,15 @@ func Self(t testing.TB) string {
 	return path
 }
 
+// RequireInheritance skips the test where no child process can inherit a socket.
+func RequireInheritance(t testing.TB) {
+	t.Helper()
+	dir, attr := t.TempDir(), &os.ProcAttr{Files: make([]*os.File, 4)}
+	if _, err := os.StartProcess(dir, nil, attr); errors.Is(err, errors.ErrUnsupported) {
+		t.Skip("no process can inherit a fourth file: ", err) // otherwise, a directory is no program
+	}
+}
+
 // Next waits for the next process that starts.
 func (p *Program) Next(t testing.TB) Process {
 	t.Helper()
@@ -217,7 +237,8 @@ func (p *Program) RequireStatus(t testing.TB, status int) {
 	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
 		require.NoError(t, err)
 	}
-	require.Equal(t, status, p.ProcessState.ExitCode(), "exit status of the first process (%v); standard error: %s", p.ProcessState, p.Errors(t))
+	require.Equal(t, status, p.ProcessState.ExitCode(),
+		"exit status of the first process (%v); standard error: %s", p.ProcessState, p.Errors(t))
 }
 
 // RequireNoProcess requires that no process has the standard output open.

@@ -1,16 +1,13 @@
 // Package tcptest is what the tests of this module share: listeners, clients, goroutines
-// in Accept, waiting, and child processes.
+// in Accept, and waiting.
 package tcptest
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -214,44 +211,6 @@ func RequireStoppedError(t testing.TB, err error) {
 		require.FailNow(t, fmt.Sprintf("the error is not StoppedError: %v", err))
 	}
 }
-
-// Child processes
-
-// RequireInheritance skips the test where no child process can inherit a socket.
-func RequireInheritance(t testing.TB) {
-	t.Helper()
-	dir, attr := t.TempDir(), &os.ProcAttr{Files: make([]*os.File, 4)}
-	if _, err := os.StartProcess(dir, nil, attr); errors.Is(err, errors.ErrUnsupported) {
-		t.Skip("no process can inherit a fourth file: ", err) // otherwise, a directory is no program
-	}
-}
-
-// childEnv is the environment variable with the role of a child process.
-const childEnv = "STOPPABLELISTENER_TEST_CHILD"
-
-// ChildProcess returns a command that runs this test or benchmark alone, with role as its
-// ChildRole. What it prints is in output. A short run skips the test instead.
-func ChildProcess(t testing.TB, role string) (cmd *exec.Cmd, output *bytes.Buffer) {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a process")
-	}
-	exe, err := os.Executable()
-	require.NoError(t, err)
-	cmd = exec.Command(exe, "-test.run", "^"+t.Name()+"$")
-	cmd.Env = append(os.Environ(), childEnv+"="+role)
-	output = new(bytes.Buffer)
-	cmd.Stdout, cmd.Stderr = output, output
-	t.Cleanup(func() {
-		if cmd.Process != nil {
-			_ = cmd.Process.Kill()
-		}
-	})
-	return cmd, output
-}
-
-// ChildRole is the role with which ChildProcess has started this process; otherwise empty.
-func ChildRole() string { return os.Getenv(childEnv) }
 
 // Rounds is n, or a tenth of it in a short run.
 func Rounds(n int) int {

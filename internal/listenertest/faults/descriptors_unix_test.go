@@ -1,0 +1,74 @@
+//go:build unix
+
+package faults_test
+
+import (
+	"errors"
+	"os"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// Linux keeps a connection in the accept queue if no descriptor is free, and macOS drops it.
+func TestNoDescriptorIsFree(t *testing.T) {
+	const fails, limit = 3, 64
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	for range fails + 1 {
+		tcptest.Dial(t, l)
+	}
+
+	var before syscall.Rlimit
+	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before))
+	defer syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before)
+	lower := before
+	lower.Cur = limit
+	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lower))
+	var files []*os.File
+	for {
+		file, err := os.Open(os.DevNull)
+		if err != nil {
+			require.ErrorIs(t, err, syscall.EMFILE)
+			break
+		}
+		defer file.Close()
+		files = append(files, file)
+		if len(files) == limit {
+			t.Skip("there is no such limit here")
+		}
+	}
+
+	for range fails {
+		_, err := sl.Accept()
+		require.ErrorIs(t, err, syscall.EMFILE)
+		var temporary interface{ Temporary() bool }
+		require.ErrorAs(t, err, &temporary)
+		require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
+	}
+	fail, failing := tcptest.Countdown(1)
+	returned := make(chan error, 1)
+	go func() {
+		for {
+			_, err := sl.Accept()
+			if !errors.Is(err, syscall.EMFILE) {
+				returned <- err
+				return
+			}
+			fail()
+		}
+	}()
+	tcptest.Receive(t, failing, "error of Accept")
+	sl.Stop()
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, returned, "return of the accept loop"))
+
+	require.NoError(t, files[0].Close()) // for a client
+	require.NoError(t, files[1].Close()) // for its connection
+	tcptest.Dial(t, l)
+	conn, err := tcptest.Wrap(t, l).Accept()
+	require.NoError(t, err)
+	conn.Close()
+}
