@@ -125,6 +125,18 @@ func AcceptMany(l net.Listener, n int) <-chan Accepted {
 // AwaitAcceptors waits until n goroutines are blocked in an Accept of package net.
 func AwaitAcceptors(t testing.TB, n int) {
 	t.Helper()
+	awaitAcceptors(t, n, nil)
+}
+
+// AwaitAcceptor waits until a goroutine is blocked in an Accept of package net, or results has
+// what it has returned.
+func AwaitAcceptor(t testing.TB, results <-chan Accepted) {
+	t.Helper()
+	awaitAcceptors(t, 1, results)
+}
+
+func awaitAcceptors(t testing.TB, n int, results <-chan Accepted) {
+	t.Helper()
 	buf := make([]byte, 1<<18)
 	patience := Patience + time.Duration(n)*50*time.Millisecond
 	deadline := time.Now().Add(patience)
@@ -137,16 +149,18 @@ func AwaitAcceptors(t testing.TB, n int) {
 		blocked := 0
 		for _, g := range bytes.Split(stacks, []byte("\n\n")) {
 			state, stack, _ := bytes.Cut(g, []byte("\n"))
-			if bytes.Contains(stack, []byte("internal/poll.(*FD).Accept")) &&
-				(bytes.Contains(state, []byte("[IO wait")) || bytes.Contains(state, []byte("[semacquire"))) {
+			waiting := bytes.Contains(state, []byte("[IO wait")) ||
+				bytes.Contains(state, []byte("[semacquire"))
+			if waiting && bytes.Contains(stack, []byte("internal/poll.(*FD).Accept")) {
 				blocked++
 			}
 		}
-		if blocked >= n {
+		if blocked >= n || len(results) > 0 {
 			return
 		}
 		if time.Now().After(deadline) {
-			require.FailNow(t, fmt.Sprintf("%d of %d goroutines are blocked in Accept after %v", blocked, n, patience))
+			require.FailNow(t, fmt.Sprintf("%d of %d goroutines are blocked in Accept after %v",
+				blocked, n, patience))
 		}
 		time.Sleep(time.Duration(n) * time.Microsecond) // runtime.Stack stops all goroutines
 	}
