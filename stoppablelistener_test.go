@@ -33,11 +33,12 @@ const near = 50 * time.Millisecond // from now, the deadlines that tests wait fo
 // StoppedError
 
 func TestStoppedErrorIsErrClosedButNotTheReverse(t *testing.T) {
-	assert.ErrorIs(t, stoppablelistener.StoppedError, net.ErrClosed)
-	assert.Regexp(t, net.ErrClosed.Error()+"$", stoppablelistener.StoppedError.Error())
-	assert.NotErrorIs(t, net.ErrClosed, stoppablelistener.StoppedError)
-	assert.NotErrorIs(t, &net.OpError{Op: "accept", Err: net.ErrClosed}, stoppablelistener.StoppedError)
-	assert.ErrorIs(t, fmt.Errorf("serve: %w", stoppablelistener.StoppedError), stoppablelistener.StoppedError)
+	stopped := stoppablelistener.StoppedError
+	assert.ErrorIs(t, stopped, net.ErrClosed)
+	assert.Regexp(t, net.ErrClosed.Error()+"$", stopped.Error())
+	assert.NotErrorIs(t, net.ErrClosed, stopped)
+	assert.NotErrorIs(t, &net.OpError{Op: "accept", Err: net.ErrClosed}, stopped)
+	assert.ErrorIs(t, fmt.Errorf("serve: %w", stopped), stopped)
 }
 
 func TestStoppedErrorIsNeitherTemporaryNorATimeout(t *testing.T) {
@@ -82,8 +83,12 @@ func TestMethodsInvokedSimultaneously(t *testing.T) {
 func TestNewWrapsEachTCPListenerOfPackageNet(t *testing.T) {
 	loopback := net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
 	for name, listen := range map[string]func(*testing.T) (net.Listener, error){
-		"Listen":    func(*testing.T) (net.Listener, error) { return net.Listen("tcp", loopback.String()) },
-		"ListenTCP": func(*testing.T) (net.Listener, error) { return net.ListenTCP("tcp", &loopback) },
+		"Listen": func(*testing.T) (net.Listener, error) {
+			return net.Listen("tcp", loopback.String())
+		},
+		"ListenTCP": func(*testing.T) (net.Listener, error) {
+			return net.ListenTCP("tcp", &loopback)
+		},
 		"ListenConfig": func(*testing.T) (net.Listener, error) {
 			return new(net.ListenConfig).Listen(context.Background(), "tcp", loopback.String())
 		},
@@ -112,6 +117,7 @@ func TestNewWrapsEachTCPListenerOfPackageNet(t *testing.T) {
 func TestNewRejects(t *testing.T) {
 	closed := tcptest.Listen(t)
 	require.NoError(t, closed.Close())
+	wrapper := tcptest.Wrap(t, tcptest.Listen(t))
 
 	for _, tt := range []struct {
 		name    string
@@ -122,8 +128,8 @@ func TestNewRejects(t *testing.T) {
 		{"nil TCPListener", (*net.TCPListener)(nil), "nil"},
 		{"UnixListener", &net.UnixListener{}, "*net.UnixListener"},
 		{"TLS", tls.NewListener(tcptest.Listen(t), &tls.Config{}), "*tls.listener"},
-		{"StoppableListener", tcptest.Wrap(t, tcptest.Listen(t)), "*stoppablelistener.StoppableListener"},
-		{"foreign wrapper", keepOpen{tcptest.Wrap(t, tcptest.Listen(t))}, "stoppablelistener_test.keepOpen"},
+		{"StoppableListener", wrapper, "*stoppablelistener.StoppableListener"},
+		{"foreign wrapper", keepOpen{wrapper}, "stoppablelistener_test.keepOpen"},
 		{"zero TCPListener", &net.TCPListener{}, "invalid argument"},
 		{"closed", closed, net.ErrClosed.Error()},
 	} {
@@ -133,7 +139,8 @@ func TestNewRejects(t *testing.T) {
 			assert.Nil(t, sl)
 			assert.Regexp(t, "^stoppablelistener: ", err.Error())
 			assert.Contains(t, err.Error(), tt.message)
-			assert.Equal(t, tt.name == "closed", errors.Is(err, net.ErrClosed), "the error is net.ErrClosed")
+			isClosed := errors.Is(err, net.ErrClosed)
+			assert.Equal(t, tt.name == "closed", isClosed, "the error is net.ErrClosed")
 		})
 	}
 }
@@ -157,7 +164,8 @@ func TestNewSetsNonblockingMode(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := tcptest.Listen(t)
-			t.Cleanup(func() { tcptest.Dial(t, l) }) // Close would wait for an Accept in blocking mode
+			// Close would wait for an Accept in blocking mode.
+			t.Cleanup(func() { tcptest.Dial(t, l) })
 			tcptest.Wrap(t, l).Stop()
 			file, err := l.File()
 			require.NoError(t, err)
@@ -301,19 +309,19 @@ func TestAcceptAllocatesNoMoreThanPackageNet(t *testing.T) {
 }
 
 func TestAcceptAfterCloseReturnsTheErrorOfPackageNet(t *testing.T) {
-	for name, acceptor := range map[string]func(*stoppablelistener.StoppableListener) error{
-		"Accept":    func(sl *stoppablelistener.StoppableListener) error { _, err := sl.Accept(); return err },
-		"AcceptTCP": func(sl *stoppablelistener.StoppableListener) error { _, err := sl.AcceptTCP(); return err },
+	var sl *stoppablelistener.StoppableListener
+	for name, accept := range map[string]func() error{
+		"Accept":    func() error { _, err := sl.Accept(); return err },
+		"AcceptTCP": func() error { _, err := sl.AcceptTCP(); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
-			sl := tcptest.Wrap(t, tcptest.Listen(t))
+			sl = tcptest.Wrap(t, tcptest.Listen(t))
 			waiting := make(chan error, 1)
-			go func() { waiting <- acceptor(sl) }()
+			go func() { waiting <- accept() }()
 			tcptest.AwaitAcceptors(t, 1)
 			require.NoError(t, sl.Close())
-			for _, err := range []error{tcptest.Receive(t, waiting, "return of Accept after Close"), acceptor(sl)} {
-				requireNetClosed(t, err)
-			}
+			requireNetClosed(t, tcptest.Receive(t, waiting, "return of Accept after Close"))
+			requireNetClosed(t, accept())
 		})
 	}
 }
@@ -444,11 +452,13 @@ func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {
 
 			if tt.timeout {
 				for range 2 {
-					requireTimeout(t, tcptest.Receive(t, accepted, "return of Accept at the deadline").Err)
-					assert.False(t, time.Now().Before(deadline), "Accept has returned before the deadline")
+					got := tcptest.Receive(t, accepted, "return of Accept at the deadline")
+					requireTimeout(t, got.Err)
+					assert.False(t, time.Now().Before(deadline), "the deadline has not expired")
 					accepted = tcptest.Accept(sl)
 				}
-				requireTimeout(t, tcptest.Receive(t, accepted, "return of Accept after the deadline").Err)
+				got := tcptest.Receive(t, accepted, "return of Accept after the deadline")
+				requireTimeout(t, got.Err)
 				set(clear)
 				accepted = tcptest.Accept(sl)
 			} else {
@@ -540,7 +550,8 @@ func TestStopIsFast(t *testing.T) {
 		slower[i] = ours - theirs
 	}
 	slices.Sort(slower)
-	assert.Less(t, slower[len(slower)/2], 100*time.Millisecond, "median of the differences: %v", slower)
+	assert.Less(t, slower[len(slower)/2], 100*time.Millisecond,
+		"median of the differences: %v", slower)
 }
 
 // One goroutine is about to start its next poll when Stop is called, and the others must not

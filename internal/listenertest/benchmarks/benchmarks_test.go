@@ -109,8 +109,8 @@ func BenchmarkStop(b *testing.B) {
 			times := samples{}
 			for i := range b.N {
 				for _, variant := range inTurn(i, plain, ours) {
-					took := timeStop(b, variant, blocked, func() { tcptest.AwaitAcceptors(b, blocked) })
-					times.add(variant, float64(took))
+					settle := func() { tcptest.AwaitAcceptors(b, blocked) }
+					times.add(variant, float64(timeStop(b, variant, blocked, settle)))
 				}
 			}
 			b.StopTimer()
@@ -177,7 +177,8 @@ func BenchmarkStopUnderLoad(b *testing.B) {
 		}
 	}
 	for _, variant := range variants {
-		b.ReportMetric(float64(dropped[variant.name])/float64(b.N*stops), variant.name+"-dropped/stop")
+		perStop := float64(dropped[variant.name]) / float64(b.N*stops)
+		b.ReportMetric(perStop, variant.name+"-dropped/stop")
 	}
 	b.ReportMetric(0, "ns/op")
 }
@@ -286,7 +287,8 @@ func BenchmarkIdle(b *testing.B) {
 		}
 	}
 	wakeUps.report(b, "wake-ups/min", 0.5)
-	assert.InDelta(b, 1, wakeUps.quantile(ours, 0.5), 0.3, "wake-ups a minute") // .ci/run checks this
+	// .ci/run checks this.
+	assert.InDelta(b, 1, wakeUps.quantile(ours, 0.5), 0.3, "wake-ups a minute")
 }
 
 // idle prints how often a goroutine of that variant wakes up in a minute.

@@ -41,7 +41,7 @@ func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
 						late++
 					}
 				})
-				assert.LessOrEqual(t, late, 1, "connections that one accept loop has returned after Stop")
+				assert.LessOrEqual(t, late, 1, "connections that an accept loop got after Stop")
 				served <- err
 			}()
 		}
@@ -158,7 +158,8 @@ func load(t testing.TB, l net.Listener, clients int, responded func(string)) (st
 		}
 		for _, conn := range conns {
 			response, err := io.ReadAll(conn)
-			if !assert.NoError(t, err, "a connection was dropped") || !assert.NotEmpty(t, response, "a response") {
+			if !assert.NoError(t, err, "a connection was dropped") ||
+				!assert.NotEmpty(t, response, "a response") {
 				return false
 			}
 			responded(string(response))

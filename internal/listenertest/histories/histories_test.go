@@ -82,8 +82,8 @@ type execution struct {
 type socket struct {
 	*net.TCPListener
 
-	mu       sync.Mutex // guards the fields below
-	close    span       // from the first call to the first return; also guarded by the execution's mu
+	mu       sync.Mutex // guards the fields below, and close the execution's mu too
+	close    span       // from the first call to the first return
 	dialed   map[int64]net.Conn
 	accepted []int64
 }
@@ -186,7 +186,8 @@ func (x *execution) do(op byte) error {
 	case 7, 8, 9, 10:
 		x.mu.Unlock()
 		now := time.Now()
-		x.setDeadline(w, []time.Time{tcptest.Past, now.Add(time.Millisecond), now.Add(time.Hour), {}}[op-7])
+		x.setDeadline(w,
+			[]time.Time{tcptest.Past, now.Add(time.Millisecond), now.Add(time.Hour), {}}[op-7])
 		return nil
 	default:
 		defer x.mu.Unlock()
@@ -310,7 +311,7 @@ func (x *execution) drain() error {
 	for len(w.accepted) < len(w.dialed) {
 		conn, err := w.sl.Accept()
 		if err != nil {
-			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(w.dialed), len(w.accepted), err)
+			return fmt.Errorf("%d clients of %d accepted: %w", len(w.accepted), len(w.dialed), err)
 		}
 		if err := w.socket.recordClient(conn); err != nil {
 			return err
@@ -344,7 +345,8 @@ func (w *wrapper) check() error {
 	}
 	for _, op := range w.accepts {
 		if why := w.violation(op); why != "" {
-			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, w.stop, w.close)
+			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v",
+				why, op.span, op.err, w.stop, w.close)
 		}
 	}
 	return nil
@@ -369,7 +371,8 @@ func (w *wrapper) violation(op acceptOp) string {
 		return ""
 	case errors.Is(op.err, os.ErrDeadlineExceeded):
 		for _, d := range w.deadlines {
-			if d.calledBeforeReturn(op.span) && !d.deadline.IsZero() && !d.deadline.After(op.returned) && !w.superseded(d, op) {
+			if d.calledBeforeReturn(op.span) && !d.deadline.IsZero() &&
+				!d.deadline.After(op.returned) && !w.superseded(d, op) {
 				return ""
 			}
 		}
@@ -402,7 +405,8 @@ func (w *wrapper) timedOut(op acceptOp) bool {
 		}
 		last := true
 		for _, other := range w.deadlines {
-			last = last && (other == d || other.deadline == tcptest.Past || other.before(d.span) || op.before(other.span))
+			last = last && (other == d || other.deadline == tcptest.Past ||
+				other.before(d.span) || op.before(other.span))
 		}
 		if last {
 			return true

@@ -61,7 +61,8 @@ func (c *Conn) Get(t testing.TB, path string) {
 // handler has started to read that.
 func (c *Conn) StartPost(t testing.TB, path string) {
 	t.Helper()
-	c.Send(t, "POST "+path+" HTTP/1.1\r\nHost: test\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+	c.Send(t, "POST "+path+" HTTP/1.1\r\nHost: test\r\n"+
+		"Content-Length: 1\r\nExpect: 100-continue\r\n\r\n")
 	resp, _ := c.Response(t)
 	require.Equal(t, http.StatusContinue, resp.StatusCode)
 }

@@ -35,7 +35,9 @@ type Load struct {
 
 // Start starts clients that post to url, each one request after the other on connections of
 // its own, until Stop is called or the test ends. The responses must have the body want.
-func Start(t testing.TB, url string, clients int, want string, newClient func() *http.Client) *Load {
+func Start(
+	t testing.TB, url string, clients int, want string, newClient func() *http.Client,
+) *Load {
 	ld := &Load{url: url}
 	t.Cleanup(ld.Stop)
 	for i := range clients {
@@ -83,7 +85,9 @@ func (ld *Load) Stop() {
 func (ld *Load) AwaitRequests(t testing.TB, n int64) {
 	t.Helper()
 	enough := ld.succeeded.Load() + n
-	tcptest.Await(t, fmt.Sprintf("%d more responses", n), func() bool { return ld.succeeded.Load() >= enough })
+	tcptest.Await(t, fmt.Sprintf("%d more responses", n), func() bool {
+		return ld.succeeded.Load() >= enough
+	})
 }
 
 // Failed returns how many requests have failed.

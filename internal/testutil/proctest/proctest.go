@@ -173,8 +173,9 @@ func Self(t testing.TB) string {
 func RequireInheritance(t testing.TB) {
 	t.Helper()
 	dir, attr := t.TempDir(), &os.ProcAttr{Files: make([]*os.File, 4)}
+	// Elsewhere, the error is that a directory is not a program.
 	if _, err := os.StartProcess(dir, nil, attr); errors.Is(err, errors.ErrUnsupported) {
-		t.Skip("no process can inherit a fourth file: ", err) // otherwise, a directory is no program
+		t.Skip("no process can inherit a fourth file: ", err)
 	}
 }
 

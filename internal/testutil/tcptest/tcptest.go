@@ -207,7 +207,8 @@ func RequireClient(t testing.TB, client net.Conn, results <-chan Accepted) {
 	got := Receive(t, results, "return of Accept with the client's connection")
 	require.NoError(t, got.Err)
 	defer got.Conn.Close()
-	require.Equal(t, client.LocalAddr().String(), got.Conn.RemoteAddr().String(), "address of the client")
+	want := client.LocalAddr().String()
+	require.Equal(t, want, got.Conn.RemoteAddr().String(), "address of the client")
 }
 
 // RequireStopped receives n results, which must be StoppedError.
