@@ -4,6 +4,7 @@ package faults_test
 
 import (
 	"errors"
+	"net"
 	"os"
 	"syscall"
 	"testing"
@@ -15,39 +16,16 @@ import (
 
 // Linux keeps a connection in the accept queue if no descriptor is free, and macOS drops it.
 func TestNoDescriptorIsFree(t *testing.T) {
-	const fails, limit = 3, 64
+	const fails = 3
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	for range fails + 1 {
 		tcptest.Dial(t, l)
 	}
-
-	var before syscall.Rlimit
-	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before))
-	defer syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before)
-	lower := before
-	lower.Cur = limit
-	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lower))
-	var files []*os.File
-	for {
-		file, err := os.Open(os.DevNull)
-		if err != nil {
-			require.ErrorIs(t, err, syscall.EMFILE)
-			break
-		}
-		defer file.Close()
-		files = append(files, file)
-		if len(files) == limit {
-			t.Skip("there is no such limit here")
-		}
-	}
+	files := useUpDescriptors(t)
 
 	for range fails {
-		_, err := sl.Accept()
-		require.ErrorIs(t, err, syscall.EMFILE)
-		var temporary interface{ Temporary() bool }
-		require.ErrorAs(t, err, &temporary)
-		require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
+		requireNoDescriptor(t, sl)
 	}
 	fail, failing := tcptest.Countdown(1)
 	returned := make(chan error, 1)
@@ -71,4 +49,38 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	conn, err := tcptest.Wrap(t, l).Accept()
 	require.NoError(t, err)
 	conn.Close()
+}
+
+// useUpDescriptors lowers the limit of open descriptors of this process until the test ends, and
+// opens files until no descriptor is free.
+func useUpDescriptors(t *testing.T) (files []*os.File) {
+	const limit = 64
+	var before syscall.Rlimit
+	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before))
+	lower := before
+	lower.Cur = limit
+	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lower))
+	t.Cleanup(func() { require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before)) })
+	for {
+		file, err := os.Open(os.DevNull)
+		if err != nil {
+			require.ErrorIs(t, err, syscall.EMFILE)
+			return files
+		}
+		t.Cleanup(func() { file.Close() })
+		files = append(files, file)
+		if len(files) == limit {
+			t.Skip("there is no such limit here")
+		}
+	}
+}
+
+// requireNoDescriptor requires Accept to return the temporary error of a missing descriptor.
+func requireNoDescriptor(t *testing.T, l net.Listener) {
+	t.Helper()
+	_, err := l.Accept()
+	require.ErrorIs(t, err, syscall.EMFILE)
+	var temporary interface{ Temporary() bool }
+	require.ErrorAs(t, err, &temporary)
+	require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
 }

@@ -24,8 +24,7 @@ func Install(t testing.TB, version string) Installation {
 
 // Replace installs another version: a script that runs the test binary.
 func (i Installation) Replace(t testing.TB, version string) {
-	i.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=%s %s=\"$0\" exec '%s' \"$@\"\n",
-		versionEnv, version, pathEnv, Self(t)))
+	i.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=%s %s=\"$0\" exec '%s' \"$@\"\n", versionEnv, version, pathEnv, Self(t)))
 }
 
 // ReplaceText installs an executable file with that content.
