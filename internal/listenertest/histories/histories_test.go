@@ -311,7 +311,7 @@ func (x *execution) drain() error {
 	for len(w.accepted) < len(w.dialed) {
 		conn, err := w.sl.Accept()
 		if err != nil {
-			return fmt.Errorf("%d clients of %d accepted: %w", len(w.accepted), len(w.dialed), err)
+			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(w.dialed), len(w.accepted), err)
 		}
 		if err := w.socket.recordClient(conn); err != nil {
 			return err
@@ -345,8 +345,7 @@ func (w *wrapper) check() error {
 	}
 	for _, op := range w.accepts {
 		if why := w.violation(op); why != "" {
-			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v",
-				why, op.span, op.err, w.stop, w.close)
+			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, w.stop, w.close)
 		}
 	}
 	return nil
