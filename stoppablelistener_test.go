@@ -462,7 +462,7 @@ func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {
 				set(clear)
 				accepted = tcptest.Accept(sl)
 			} else {
-				awaitDeadline(t, end.Add(near))
+				awaitDeadline(t, time.Until(end)+near)
 			}
 			tcptest.RequireClient(t, tcptest.Dial(t, l), accepted)
 		})
@@ -749,10 +749,10 @@ func inTime(f func(deadline time.Time)) {
 	}
 }
 
-// awaitDeadline returns when that deadline has interrupted the Accept of another listener.
-func awaitDeadline(t testing.TB, deadline time.Time) {
+// awaitDeadline returns when a deadline d from now has interrupted the Accept of another listener.
+func awaitDeadline(t testing.TB, d time.Duration) {
 	l := tcptest.Listen(t)
-	require.NoError(t, l.SetDeadline(deadline))
+	require.NoError(t, l.SetDeadline(time.Now().Add(d)))
 	_, err := l.Accept()
 	requireTimeout(t, err)
 }
