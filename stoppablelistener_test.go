@@ -710,6 +710,285 @@ func TestHTTPServerShutsDownWithAWrapperWhoseCloseCallsStop(t *testing.T) {
 	}
 }
 
+// Drain
+
+func TestDrainReturnsAtOnce(t *testing.T) {
+	took := make([]time.Duration, 21)
+	for i := range took {
+		l := tcptest.Listen(t)
+		sl := tcptest.Wrap(t, l)
+		tcptest.Dial(t, l) // pending, and no goroutine is in Accept
+		start := time.Now()
+		sl.Drain()
+		took[i] = time.Since(start)
+	}
+	slices.Sort(took)
+	assert.Less(t, took[len(took)/2], 100*time.Millisecond, "median of the times of Drain: %v", took)
+}
+
+func TestDrainRefusesNewConnectionsUntilTheSocketIsClosedAndAfter(t *testing.T) {
+	t.Parallel()
+	tcptest.RequireRefusal(t)
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	sl.Drain()
+	tcptest.RequireRefused(t, l)
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	tcptest.RequireRefused(t, l)
+	require.NoError(t, sl.Close())
+	tcptest.RequireRefused(t, l)
+}
+
+func TestDrainAffectsEveryDuplicateOfTheSocket(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	l := tcptest.Listen(t)
+	file, err := l.File()
+	require.NoError(t, err)
+	defer file.Close()
+	second, err := net.FileListener(file)
+	require.NoError(t, err)
+	defer second.Close()
+	sl := tcptest.Wrap(t, l)
+	sl.Drain()
+	require.NoError(t, sl.Close())
+	tcptest.RequireRefused(t, second)
+}
+
+func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	clients := make([]net.Conn, 10)
+	for i := range clients {
+		clients[i] = tcptest.Dial(t, l)
+	}
+	sl.Drain()
+	for _, client := range clients {
+		tcptest.RequireClient(t, client, tcptest.Accept(sl))
+	}
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	for range 3 {
+		_, err := sl.Accept()
+		tcptest.RequireStoppedError(t, err)
+		_, err = sl.AcceptTCP()
+		tcptest.RequireStoppedError(t, err)
+	}
+}
+
+// Serve closes the listener when it returns.
+func TestHTTPServerRespondsToPendingRequestsAfterDrain(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	clients := make([]net.Conn, 10)
+	for i := range clients {
+		clients[i] = tcptest.Dial(t, l)
+		_, err := fmt.Fprint(clients[i], "GET / HTTP/1.0\r\n\r\n")
+		require.NoError(t, err)
+	}
+	sl.Drain()
+	served := make(chan error, 1)
+	go func() { served <- http.Serve(sl, http.NotFoundHandler()) }()
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve after Drain"))
+	for _, client := range clients {
+		response, err := io.ReadAll(client)
+		require.NoError(t, err, "a client that was pending has no response")
+		assert.Contains(t, string(response), "404 page not found")
+	}
+}
+
+func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
+	const acceptors = 100
+	sl := tcptest.Wrap(t, tcptest.Listen(t))
+	waiting := tcptest.AcceptMany(sl, acceptors)
+	tcptest.AwaitAcceptors(t, acceptors)
+	start := time.Now()
+	sl.Drain()
+	tcptest.RequireDrained(t, waiting, acceptors)
+	requireWaited(t, start)
+}
+
+// The accept loop handles each connection itself, which takes longer than Accept waits.
+func TestAcceptOfASlowLoopReturnsPendingConnectionsAfterDrain(t *testing.T) {
+	t.Parallel()
+	tcptest.RequireRefusal(t) // otherwise, the time is counted from Drain
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	first, second := tcptest.Dial(t, l), tcptest.Dial(t, l)
+	sl.Drain()
+	for _, client := range []net.Conn{first, second} {
+		tcptest.RequireClient(t, client, tcptest.Accept(sl))
+		awaitDeadline(t, tcptest.DrainWait*6/5)
+	}
+	start := time.Now()
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	requireWaited(t, start)
+}
+
+// This is what Accept does where no connection is refused. The tests of internal/listenertest
+// do the same on Linux.
+func TestAcceptReturnsStoppedErrorAfterDrainWhileConnectionsKeepComing(t *testing.T) {
+	if tcptest.RefusesAfterDrain() {
+		t.Skip("connections are refused here")
+	}
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	tcptest.RequireAcceptsUntilStopped(t, sl, sl.Drain)
+}
+
+// Stop takes some microseconds, and Accept would wait for much longer.
+func TestStopEndsDrainAtOnce(t *testing.T) {
+	took := make([]time.Duration, 21)
+	for i := range took {
+		sl := tcptest.Wrap(t, tcptest.Listen(t))
+		waiting := tcptest.AcceptMany(sl, 2)
+		tcptest.AwaitAcceptors(t, 2)
+		sl.Drain()
+		start := time.Now()
+		sl.Stop()
+		tcptest.RequireStopped(t, waiting, 2)
+		took[i] = time.Since(start)
+	}
+	slices.Sort(took)
+	median := took[len(took)/2]
+	assert.Less(t, median, 100*time.Millisecond, "median of the times of Stop after Drain: %v", took)
+}
+
+func TestStopAfterDrainLeavesPendingConnectionsInTheAcceptQueue(t *testing.T) {
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	client := tcptest.Dial(t, l)
+	sl.Drain()
+	sl.Stop()
+	tcptest.RequireStopped(t, tcptest.Accept(sl), 1)
+	tcptest.RequireClient(t, client, tcptest.Accept(tcptest.Wrap(t, l)))
+}
+
+func TestDrainAfterStopDoesNothing(t *testing.T) {
+	l := tcptest.Listen(t)
+	stopped := tcptest.Wrap(t, l)
+	stopped.Stop()
+	next := tcptest.Wrap(t, l)
+	waiting := tcptest.Accept(next)
+	tcptest.AwaitAcceptors(t, 1)
+	stopped.Drain()
+	tcptest.RequireClient(t, tcptest.Dial(t, l), waiting) // neither refused nor interrupted
+	require.NoError(t, next.SetDeadline(none))
+	tcptest.RequireStopped(t, tcptest.Accept(stopped), 1)
+}
+
+func TestDrainAnyNumberOfTimesPostponesNothing(t *testing.T) {
+	t.Parallel()
+	sl := tcptest.Wrap(t, tcptest.Listen(t))
+	sl.Drain()
+	again := time.NewTicker(tcptest.DrainWait / 50)
+	defer again.Stop()
+	defer tcptest.Loop(t, 3, func() bool {
+		<-again.C
+		sl.Drain()
+		return true
+	})()
+	got := tcptest.Receive(t, tcptest.Accept(sl), "return of Accept, while Drain is called again")
+	tcptest.RequireStoppedError(t, got.Err)
+}
+
+func TestDrainBeforeTheFirstAccept(t *testing.T) {
+	t.Parallel()
+	sl := tcptest.Wrap(t, tcptest.Listen(t))
+	start := time.Now()
+	sl.Drain()
+	tcptest.RequireDrained(t, tcptest.AcceptMany(sl, 3), 3)
+	requireWaited(t, start)
+}
+
+func TestDrainBeforeAndAfterClose(t *testing.T) {
+	t.Run("before", func(t *testing.T) {
+		for range 100 { // the goroutines that Drain wakes may return before Close or after
+			sl := tcptest.Wrap(t, tcptest.Listen(t))
+			waiting := tcptest.AcceptMany(sl, 2)
+			tcptest.AwaitAcceptors(t, 2)
+			sl.Drain()
+			require.NoError(t, sl.Close())
+			tcptest.RequireDrained(t, waiting, 2)
+			tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+		}
+	})
+	t.Run("after", func(t *testing.T) {
+		sl := tcptest.Wrap(t, tcptest.Listen(t))
+		require.NoError(t, sl.Close())
+		sl.Drain()
+		sl.Drain()
+		tcptest.RequireStoppedError(t, sl.SetDeadline(none))
+		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	})
+}
+
+func TestDrainFromAHandler(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	server := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		sl.Drain()
+		fmt.Fprint(w, "drained")
+	})}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(sl) }()
+	assert.Equal(t, "drained", tcptest.Get(t, http.DefaultClient, l))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve after Drain"))
+	require.NoError(t, server.Shutdown(context.Background()))
+}
+
+func TestDeadlineDoesNotCountAfterDrain(t *testing.T) {
+	for name, before := range map[string]time.Duration{
+		"past": -time.Hour,
+		"near": tcptest.DrainWait / 2, // while Accept waits
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := tcptest.Listen(t)
+			sl := tcptest.Wrap(t, l)
+			client := tcptest.Dial(t, l)
+			require.NoError(t, sl.SetDeadline(time.Now().Add(before)))
+			start := time.Now()
+			sl.Drain()
+			tcptest.RequireClient(t, client, tcptest.Accept(sl))
+			tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+			requireWaited(t, start)
+		})
+	}
+}
+
+func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
+	for name, deadline := range map[string]time.Time{
+		"past": tcptest.Past, "far": time.Now().Add(time.Hour), "cleared": none,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			sl := tcptest.Wrap(t, tcptest.Listen(t))
+			waiting := tcptest.Accept(sl)
+			start := time.Now()
+			sl.Drain()
+			awaitDeadline(t, tcptest.DrainWait/5) // Accept has started to wait
+			tcptest.RequireStoppedError(t, sl.SetDeadline(deadline))
+			tcptest.RequireDrained(t, waiting, 1)
+			requireWaited(t, start)
+			tcptest.RequireStoppedError(t, sl.SetDeadline(deadline))
+		})
+	}
+}
+
+func TestDrainStartsNoGoroutine(t *testing.T) {
+	sls := make([]*stoppablelistener.StoppableListener, 100)
+	for i := range sls {
+		sls[i] = tcptest.Wrap(t, tcptest.Listen(t))
+	}
+	before := runtime.NumGoroutine()
+	for _, sl := range sls {
+		sl.Drain()
+	}
+	assert.LessOrEqual(t, runtime.NumGoroutine(), before, "goroutines after Drain")
+}
+
 // Helpers
 
 // runChild runs a child process that inherits file and exits at once.
@@ -755,4 +1034,12 @@ func awaitDeadline(t testing.TB, d time.Duration) {
 	require.NoError(t, l.SetDeadline(time.Now().Add(d)))
 	_, err := l.Accept()
 	requireTimeout(t, err)
+}
+
+// requireWaited requires start, which is before Drain or before the last connection, to be as
+// long ago as Accept must wait after that.
+func requireWaited(t testing.TB, start time.Time) {
+	t.Helper()
+	require.GreaterOrEqual(t, time.Since(start), tcptest.DrainWait,
+		"Accept has not waited long enough for connections after Drain")
 }
