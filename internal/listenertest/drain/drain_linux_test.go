@@ -1,0 +1,242 @@
+package drain_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// Options that package syscall lacks.
+const (
+	soReusePort     = 15 // SO_REUSEPORT
+	soBindToIfindex = 62 // SO_BINDTOIFINDEX
+)
+
+// A kind is a kind of listening socket.
+type kind struct {
+	network, addr, dialAddr string
+	multipath               bool
+}
+
+var kinds = map[string]kind{
+	"TCP":           {"tcp4", "127.0.0.1:0", "127.0.0.1", false},
+	"Multipath TCP": {"tcp4", "127.0.0.1:0", "127.0.0.1", true},
+	"IPv6":          {"tcp6", "[::1]:0", "::1", false},
+	"wildcard":      {"tcp", ":0", "127.0.0.1", false},
+}
+
+// listen listens on a socket of that kind, and returns the address for clients. It skips the test
+// if the machine has no such socket.
+func (k kind) listen(t *testing.T, level, option, value int) (l *net.TCPListener, addr string) {
+	config := withOption(level, option, value)
+	config.SetMultipathTCP(k.multipath)
+	listener, err := config.Listen(context.Background(), k.network, k.addr)
+	if err != nil {
+		t.Skip("no such socket: ", err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	require.NoError(t, err)
+	return listener.(*net.TCPListener), net.JoinHostPort(k.dialAddr, port)
+}
+
+// withOption sets an option of the socket.
+func withOption(level, option, value int) *net.ListenConfig {
+	return &net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		controlErr := c.Control(func(fd uintptr) {
+			err = syscall.SetsockoptInt(int(fd), level, option, value)
+		})
+		return errors.Join(os.NewSyscallError("setsockopt", err), controlErr)
+	}}
+}
+
+func (k kind) dial(addr string) (*net.TCPConn, error) {
+	dialer := net.Dialer{Timeout: tcptest.Patience}
+	dialer.SetMultipathTCP(k.multipath)
+	conn, err := dialer.Dial("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), conn.(*net.TCPConn).SetLinger(0) // as tcptest.DialOnce
+}
+
+// With TCP_DEFER_ACCEPT, the handshake lasts until the client sends a byte.
+func TestHandshakesThatHaveStartedComplete(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	for name, k := range kinds {
+		t.Run(name, func(t *testing.T) {
+			l, addr := k.listen(t, syscall.IPPROTO_TCP, syscall.TCP_DEFER_ACCEPT, 10)
+			sl := tcptest.Wrap(t, l)
+			first, err := k.dial(addr)
+			require.NoError(t, err)
+			defer first.Close()
+			second, err := k.dial(addr)
+			require.NoError(t, err)
+			defer second.Close()
+
+			waiting := tcptest.Accept(sl)
+			tcptest.AwaitAcceptors(t, 1)
+			sl.Drain()
+			_, err = k.dial(addr)
+			require.ErrorIs(t, err, syscall.ECONNREFUSED)
+			complete(t, k, first, waiting)
+			complete(t, k, second, tcptest.Accept(sl))
+			tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+		})
+	}
+}
+
+// complete sends a byte, after which Accept must return the connection, and a response must arrive.
+func complete(t *testing.T, k kind, client *net.TCPConn, accepted <-chan tcptest.Accepted) {
+	t.Helper()
+	select {
+	case got := <-accepted:
+		require.FailNow(t, "Accept has returned before the handshake was complete", "%v", got.Err)
+	default:
+	}
+	_, err := client.Write([]byte("x"))
+	require.NoError(t, err)
+	got := tcptest.Receive(t, accepted, "return of Accept when the handshake is complete")
+	require.NoError(t, got.Err)
+	defer got.Conn.Close()
+	multipath, err := got.Conn.(*net.TCPConn).MultipathTCP()
+	if k.multipath && (err != nil || !multipath) {
+		t.Skip("no Multipath TCP here: ", err)
+	}
+	_, err = got.Conn.Write([]byte("x"))
+	require.NoError(t, err)
+	_, err = client.Read(make([]byte, 1))
+	require.NoError(t, err, "the client has no response")
+}
+
+// If the kernel dropped the SYN, the client would send it again a second later.
+func TestNewConnectionsAreRefusedAtOnce(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	for name, k := range kinds {
+		t.Run(name, func(t *testing.T) {
+			l, addr := k.listen(t, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1)
+			tcptest.Wrap(t, l).Drain()
+			took := make([]time.Duration, 5)
+			for i := range took {
+				start := time.Now()
+				_, err := k.dial(addr)
+				took[i] = time.Since(start)
+				require.ErrorIs(t, err, syscall.ECONNREFUSED)
+			}
+			slices.Sort(took)
+			median := took[len(took)/2]
+			assert.Less(t, median, 500*time.Millisecond, "median of the times to refuse: %v", took)
+		})
+	}
+}
+
+func TestDrainNeedsNoPrivilege(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	withoutCapabilities(t, sl.Drain)
+	tcptest.RequireRefused(t, l)
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+}
+
+// While one of two sockets at the same address is drained, the kernel may still choose it for a new
+// connection. It drops the SYN then, and the client sends it again a second later.
+func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	config := withOption(syscall.SOL_SOCKET, soReusePort, 1)
+	drained, err := config.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer drained.Close()
+	addr := drained.Addr().String()
+	stays, err := config.Listen(context.Background(), "tcp4", addr)
+	require.NoError(t, err)
+	defer stays.Close()
+
+	var served atomic.Int64
+	returned := make(chan error, 1)
+	serve := func(l net.Listener) {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				returned <- err
+				return
+			}
+			go echo(t, conn)
+		}
+	}
+	sl := tcptest.Wrap(t, drained)
+	go serve(sl)
+	go serve(stays)
+	stopLoad := tcptest.Loop(t, 8, func() bool {
+		conn, err := net.DialTimeout("tcp", addr, tcptest.Patience)
+		if !assert.NoError(t, err, "a client cannot connect, although another socket listens") {
+			return false
+		}
+		defer conn.Close()
+		served.Add(1)
+		return assert.NoError(t, exchange(conn, "request"), "a connection has no response")
+	})
+	await := func(n int64) {
+		enough := served.Load() + n
+		tcptest.Await(t, "more connections", func() bool { return served.Load() >= enough })
+	}
+	await(500)
+	sl.Drain()
+	err = tcptest.Receive(t, returned, "return of the accept loop after Drain")
+	tcptest.RequireStoppedError(t, err)
+	require.NoError(t, drained.Close())
+	await(500)
+	stopLoad() // waits for the clients that send a SYN again
+}
+
+// Accept keeps returning connections for some time, but not forever.
+func TestConnectionsThatASocketBoundToADeviceDoesNotRefuse(t *testing.T) {
+	lo, err := net.InterfaceByName("lo")
+	require.NoError(t, err)
+	l, _ := kinds["TCP"].listen(t, syscall.SOL_SOCKET, soBindToIfindex, lo.Index)
+	sl := tcptest.Wrap(t, l)
+	tcptest.RequireAcceptsUntilStopped(t, sl, func() { withoutCapabilities(t, sl.Drain) })
+}
+
+// withoutCapabilities calls f in a thread that has no capabilities, and ends with its goroutine.
+func withoutCapabilities(t testing.TB, f func()) {
+	onOwnThread(t, func() error {
+		const version3 = 0x20080522 // _LINUX_CAPABILITY_VERSION_3
+		header := struct {
+			version uint32
+			thread  int32 // zero is this one
+		}{version: version3}
+		var none [2]struct{ effective, permitted, inheritable uint32 }
+		_, _, errno := syscall.RawSyscall(syscall.SYS_CAPSET,
+			uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&none)), 0)
+		if errno != 0 {
+			return os.NewSyscallError("capset", errno)
+		}
+		f()
+		return nil
+	})
+}
+
+// onOwnThread calls f in a thread that nothing else uses, now or later.
+func onOwnThread(t testing.TB, f func() error) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // without UnlockOSThread, the thread ends with the goroutine
+		done <- f()
+	}()
+	require.NoError(t, tcptest.Receive(t, done, "end of the thread"))
+}
