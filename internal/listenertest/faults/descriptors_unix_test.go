@@ -8,6 +8,7 @@ import (
 	"os"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -49,6 +50,29 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	conn, err := tcptest.Wrap(t, l).Accept()
 	require.NoError(t, err)
 	conn.Close()
+}
+
+// An accept loop retries later, which may take longer than Accept waits after Drain.
+func TestNoDescriptorIsFreeAfterDrain(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	first, second := tcptest.Dial(t, l), tcptest.Dial(t, l)
+	files := useUpDescriptors(t)
+	sl.Drain()
+	for range 2 {
+		requireNoDescriptor(t, sl)
+		time.Sleep(tcptest.DrainWait * 6 / 5)
+	}
+	for i, client := range []net.Conn{first, second} {
+		require.NoError(t, files[i].Close())
+		conn := tcptest.Receive(t, tcptest.Accept(sl), "return of Accept")
+		require.NoError(t, conn.Err, "a connection is pending, and a descriptor is free")
+		defer conn.Conn.Close()
+		require.Equal(t, client.LocalAddr().String(), conn.Conn.RemoteAddr().String())
+	}
+	require.NoError(t, files[2].Close()) // before it looks at the queue, Linux needs one
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 }
 
 // useUpDescriptors lowers the limit of open descriptors of this process until the test ends, and
