@@ -24,15 +24,42 @@ import (
 func TestRandomHistories(t *testing.T) {
 	for range tcptest.Rounds(500) {
 		seed := rand.Uint64()
-		random := rand.New(rand.NewPCG(seed, seed))
-		history := make([]byte, 1+random.IntN(60))
-		for i := range history {
-			history[i] = byte(random.Uint32())
-		}
-		if err := execute(history); err != nil {
+		history := randomHistory(seed)
+		if err := execute(history, false); err != nil {
 			t.Fatalf("seed %d, history %v: %v", seed, history, err)
 		}
 	}
+}
+
+// In most of the histories above, Stop ends Drain.
+func TestRandomHistoriesThatWaitAfterDrain(t *testing.T) {
+	const histories = 50
+	results := make(chan error, histories)
+	for range histories {
+		go func() {
+			seed := rand.Uint64()
+			history := randomHistory(seed)
+			err := execute(history, true)
+			if err != nil {
+				err = fmt.Errorf("seed %d, history %v: %w", seed, history, err)
+			}
+			results <- err
+		}()
+	}
+	for range histories {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func randomHistory(seed uint64) []byte {
+	random := rand.New(rand.NewPCG(seed, seed))
+	history := make([]byte, 1+random.IntN(60))
+	for i := range history {
+		history[i] = byte(random.Uint32())
+	}
+	return history
 }
 
 // Fuzz it with -fuzzminimizetime 1x: what a history covers depends on its schedule, so the
@@ -49,7 +76,7 @@ func FuzzHistory(f *testing.F) {
 		if len(history) > 100 {
 			history = history[:100]
 		}
-		if err := execute(history); err != nil {
+		if err := execute(history, false); err != nil {
 			t.Fatalf("history %v: %v", history, err)
 		}
 	})
@@ -70,7 +97,8 @@ func (s span) calledBeforeReturn(other span) bool { return s.call != 0 && s.call
 
 // An execution of a history has one listener at a time, and its wrapper.
 type execution struct {
-	clock atomic.Int64
+	clock      atomic.Int64
+	awaitDrain bool // a drained wrapper is replaced by the history only
 
 	mu       sync.Mutex // guards the fields below
 	current  *wrapper
@@ -96,6 +124,8 @@ type wrapper struct {
 
 	mu        sync.Mutex // guards the fields below
 	stop      span       // as close
+	drain     span       // as close
+	drainTime time.Time  // before the first call of Drain
 	deadlines []*deadlineOp
 	accepts   []acceptOp
 }
@@ -112,20 +142,36 @@ type acceptOp struct {
 	err      error
 }
 
-// execute executes history and returns an error if a result violates the model.
-func execute(history []byte) error {
+// drained reports whether Drain may have had an effect. After Stop, it has none.
+func (w *wrapper) drained() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.drain.call != 0 && (w.stop.ret == 0 || w.drain.call < w.stop.ret)
+}
+
+// refuses reports whether new connections must be refused.
+func (w *wrapper) refuses() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.drain.ret != 0 && (w.stop.call == 0 || w.drain.ret < w.stop.call) &&
+		tcptest.RefusesAfterDrain()
+}
+
+// execute executes history and returns an error if a result violates the model. It may replace
+// each wrapper at any time, unless awaitDrain is true and the wrapper is drained.
+func execute(history []byte, awaitDrain bool) error {
 	result := make(chan error, 1)
-	go func() { result <- executeAndCheck(history) }()
+	go func() { result <- executeAndCheck(history, awaitDrain) }()
 	select {
 	case err := <-result:
 		return err
 	case <-time.After(2 * tcptest.Patience):
-		return errors.New("an Accept is still blocked after Stop")
+		return errors.New("an Accept is still blocked after Stop or Drain")
 	}
 }
 
-func executeAndCheck(history []byte) error {
-	x := &execution{}
+func executeAndCheck(history []byte, awaitDrain bool) error {
+	x := &execution{awaitDrain: awaitDrain}
 	if err := x.renew(); err != nil {
 		return err
 	}
@@ -149,10 +195,12 @@ func executeAndCheck(history []byte) error {
 			err = errors.Join(err, e)
 			left--
 		case <-time.After(time.Millisecond):
-			err = errors.Join(err, x.renew())
+			if !x.draining() {
+				err = errors.Join(err, x.renew())
+			}
 		}
 	}
-	err = errors.Join(err, x.drain())
+	err = errors.Join(err, x.finish())
 	for _, w := range append(x.previous, x.current) {
 		err = errors.Join(err, w.check())
 		for _, client := range w.dialed {
@@ -189,9 +237,18 @@ func (x *execution) do(op byte) error {
 		x.setDeadline(w,
 			[]time.Time{tcptest.Past, now.Add(time.Millisecond), now.Add(time.Hour), {}}[op-7])
 		return nil
+	case 11:
+		x.mu.Unlock()
+		w.mu.Lock()
+		if w.drainTime.IsZero() {
+			w.drainTime = time.Now()
+		}
+		w.mu.Unlock()
+		x.record(&w.mu, &w.drain, w.sl.Drain)
+		return nil
 	default:
 		defer x.mu.Unlock()
-		return x.dial(w.socket)
+		return x.dial(w)
 	}
 }
 
@@ -211,7 +268,15 @@ func (x *execution) record(mu *sync.Mutex, s *span, do func()) {
 	mu.Unlock()
 }
 
-// renew stops the wrapper, and wraps its socket again or, if that is closed, another.
+// draining reports whether to wait for the end of Drain.
+func (x *execution) draining() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.awaitDrain && x.current.drained()
+}
+
+// renew stops the wrapper, and wraps its socket again or, if that is closed or refuses
+// connections, another.
 func (x *execution) renew() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -224,6 +289,11 @@ func (x *execution) renew() error {
 		if s.close.call != 0 {
 			if _, err := stoppablelistener.New(s.TCPListener); !errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("New on a closed listener: %v", err)
+			}
+			s = nil
+		} else if w.drained() {
+			if err := s.finish(); err != nil {
+				return err
 			}
 			s = nil
 		}
@@ -272,13 +342,21 @@ func (x *execution) setDeadline(w *wrapper, deadline time.Time) {
 
 // dial connects a client, with mu held. It stays until the check: on some systems, Accept does
 // not return a connection that the client has reset.
-func (x *execution) dial(s *socket) error {
+func (x *execution) dial(w *wrapper) error {
+	s := w.socket
 	if s.close.call != 0 {
 		return nil
 	}
+	refuses := w.refuses()
 	conn, err := net.Dial("tcp", s.Addr().String())
+	if w.drained() && tcptest.IsRefused(err) {
+		return nil
+	}
 	if err != nil {
 		return err
+	}
+	if refuses {
+		return fmt.Errorf("a connection is not refused: Drain %+v, Stop %+v", w.drain, w.stop)
 	}
 	number := x.clock.Add(1)
 	s.mu.Lock()
@@ -300,20 +378,31 @@ func (s *socket) recordClient(conn net.Conn) error {
 	return err
 }
 
-// drain accepts the pending connections and closes the last socket.
-func (x *execution) drain() error {
+// finish finishes the last socket.
+func (x *execution) finish() error {
 	if err := x.renew(); err != nil {
 		return err
 	}
-	w := x.current
-	defer w.sl.Close()
-	w.sl.SetDeadline(time.Now().Add(tcptest.Patience))
-	for len(w.accepted) < len(w.dialed) {
-		conn, err := w.sl.Accept()
+	return x.current.socket.finish()
+}
+
+// finish accepts the pending connections and closes the socket, on which no Accept is blocked.
+func (s *socket) finish() error {
+	defer s.Close()
+	sl, err := stoppablelistener.New(s.TCPListener)
+	if err != nil {
+		return err
+	}
+	if err := sl.SetDeadline(time.Now().Add(tcptest.Patience)); err != nil {
+		return err
+	}
+	for len(s.accepted) < len(s.dialed) {
+		conn, err := sl.Accept()
 		if err != nil {
-			return fmt.Errorf("%d clients dialed, %d accepted: %w", len(w.dialed), len(w.accepted), err)
+			return fmt.Errorf("%d clients dialed, %d accepted: %w",
+				len(s.dialed), len(s.accepted), err)
 		}
-		if err := w.socket.recordClient(conn); err != nil {
+		if err := s.recordClient(conn); err != nil {
 			return err
 		}
 	}
@@ -329,8 +418,11 @@ func (w *wrapper) check() error {
 	}
 	for _, op := range w.deadlines {
 		stopped := op.err == stoppablelistener.StoppedError
-		if stopped && !w.stop.calledBeforeReturn(op.span) || !stopped && w.stop.before(op.span) {
-			return fmt.Errorf("SetDeadline %+v, Stop %+v: %v", op.span, w.stop, op.err)
+		may := w.stop.calledBeforeReturn(op.span) || w.drain.calledBeforeReturn(op.span)
+		must := w.stop.before(op.span) || w.drain.before(op.span)
+		if stopped && !may || !stopped && must {
+			return fmt.Errorf("SetDeadline %+v returned %v, Stop %+v, Drain %+v",
+				op.span, op.err, w.stop, w.drain)
 		}
 	}
 	w.deadlines = slices.DeleteFunc(w.deadlines, func(op *deadlineOp) bool {
@@ -345,7 +437,8 @@ func (w *wrapper) check() error {
 	}
 	for _, op := range w.accepts {
 		if why := w.violation(op); why != "" {
-			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Close %+v", why, op.span, op.err, w.stop, w.close)
+			return fmt.Errorf("%s: Accept %+v returned %v, Stop %+v, Drain %+v, Close %+v",
+				why, op.span, op.err, w.stop, w.drain, w.close)
 		}
 	}
 	return nil
@@ -354,17 +447,31 @@ func (w *wrapper) check() error {
 // violation says why Accept must not have returned as it did; empty if it may.
 func (w *wrapper) violation(op acceptOp) string {
 	if op.err == stoppablelistener.StoppedError {
-		if !w.stop.calledBeforeReturn(op.span) {
-			return "not stopped yet"
+		switch {
+		case w.stop.calledBeforeReturn(op.span):
+			return ""
+		case !w.drain.calledBeforeReturn(op.span):
+			return "neither stopped nor drained yet"
+		case w.close.calledBeforeReturn(op.span):
+			return ""
+		case op.returned.Sub(w.drainTime) < tcptest.DrainWait:
+			return "has not waited after Drain"
 		}
 		return ""
+	}
+	for _, other := range w.accepts {
+		if other.err == stoppablelistener.StoppedError && other.before(op.span) {
+			return "another Accept has returned StoppedError before"
+		}
 	}
 	switch {
 	case w.stop.before(op.span):
 		return "stopped before"
+	case op.err != nil && w.drain.before(op.span):
+		return "drained before"
 	case op.err == nil && w.close.before(op.span):
 		return "closed before"
-	case op.err == nil && w.timedOut(op):
+	case op.err == nil && w.timedOut(op) && !w.drain.calledBeforeReturn(op.span):
 		return "the deadline had expired"
 	case op.err == nil:
 		return ""
@@ -382,6 +489,8 @@ func (w *wrapper) violation(op acceptOp) string {
 		return "not closed yet"
 	case w.stop.before(w.close):
 		return "stopped before it was closed"
+	case w.drain.before(w.close):
+		return "drained before it was closed"
 	}
 	return ""
 }
