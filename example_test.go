@@ -18,7 +18,8 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 )
 
-// Ctrl+C or SIGTERM stops the listener, whereupon Serve returns.
+// After Ctrl+C or SIGTERM, new connections are refused, and Serve returns when it has accepted
+// those that exist.
 func Example() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -30,7 +31,7 @@ func Example() {
 	}
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, sl.Stop)
+	context.AfterFunc(ctx, sl.Drain)
 	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
 
 	go cancel() // in this example only, instead of Ctrl+C
@@ -44,7 +45,7 @@ func Example() {
 	// stopped
 }
 
-// Stop does not close connections: the request in flight gets its response. To wait for such
+// Drain does not close connections: the request in flight gets its response. To wait for such
 // requests, use package httpdrain.
 func Example_requestInFlight() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -83,7 +84,7 @@ func Example_requestInFlight() {
 	}()
 	<-entered
 
-	sl.Stop()
+	sl.Drain()
 	if err := <-served; err != stoppablelistener.StoppedError {
 		log.Fatal(err)
 	}
@@ -131,7 +132,7 @@ func Example_rpc() {
 	}
 	fmt.Println(greeting)
 
-	sl.Stop()
+	sl.Drain()
 	serving.Wait()
 	fmt.Println("Accept has returned")
 
@@ -232,7 +233,7 @@ func ExampleStoppableListener_Accept() {
 	}
 	fmt.Println(word1, word2)
 
-	sl.Stop()
+	sl.Drain()
 	if err := conn.Close(); err != nil {
 		log.Fatal(err)
 	}
@@ -241,6 +242,60 @@ func ExampleStoppableListener_Accept() {
 	// Output:
 	// Hello TCP!
 	// <nil>
+}
+
+// The client is still in the accept queue when Drain is called. It gets its response, and then
+// the accept loop returns.
+func ExampleStoppableListener_Drain() {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	sl, err := stoppablelistener.New(l)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, sl.Drain)
+	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
+
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	cancel() // in this example only, instead of Ctrl+C
+
+	var conns sync.WaitGroup
+	for {
+		conn, err := sl.Accept()
+		if err == stoppablelistener.StoppedError {
+			break
+		}
+		if err != nil {
+			log.Fatal(err)
+		}
+		conns.Add(1)
+		go func() {
+			defer conns.Done()
+			defer conn.Close()
+			if _, err := fmt.Fprintln(conn, "Hello TCP!"); err != nil {
+				log.Print(err)
+			}
+		}()
+	}
+	if err := l.Close(); err != nil { // resets no connection
+		log.Fatal(err)
+	}
+	conns.Wait()
+
+	if _, err := io.Copy(os.Stdout, client); err != nil {
+		log.Fatal(err)
+	}
+
+	// Output:
+	// Hello TCP!
 }
 
 // The same socket is served again after Stop. The client that connects in between waits in
