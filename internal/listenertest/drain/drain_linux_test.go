@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -204,11 +205,26 @@ func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
 
 // Accept keeps returning connections for some time, but not forever.
 func TestConnectionsThatASocketBoundToADeviceDoesNotRefuse(t *testing.T) {
+	sl, drain := wrapBoundToDevice(t)
+	tcptest.RequireAcceptsUntilStopped(t, sl, drain)
+}
+
+func TestSlowLoopOnASocketBoundToADevice(t *testing.T) {
+	sl, drain := wrapBoundToDevice(t)
+	drain()
+	tcptest.Dial(t, sl) // not refused
+	time.Sleep(tcptest.DrainWait * 6 / 5)
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1) // the time is counted from Drain
+}
+
+// wrapBoundToDevice wraps a socket for which the drain that it returns, a call of Drain, cannot make
+// the system refuse connections.
+func wrapBoundToDevice(t *testing.T) (sl *stoppablelistener.StoppableListener, drain func()) {
 	lo, err := net.InterfaceByName("lo")
 	require.NoError(t, err)
 	l, _ := kinds["TCP"].listen(t, syscall.SOL_SOCKET, soBindToIfindex, lo.Index)
-	sl := tcptest.Wrap(t, l)
-	tcptest.RequireAcceptsUntilStopped(t, sl, func() { withoutCapabilities(t, sl.Drain) })
+	sl = tcptest.Wrap(t, l)
+	return sl, func() { withoutCapabilities(t, sl.Drain) }
 }
 
 // withoutCapabilities calls f in a thread that has no capabilities, and ends with its goroutine.

@@ -72,7 +72,7 @@ func TestEachConnectionIsServedOrRefused(t *testing.T) {
 				require.NoError(t, l.Close())
 				for range tt.clients {
 					err := tcptest.Receive(t, results, "response or refusal")
-					assert.True(t, tcptest.IsRefused(err), "a client is neither served nor refused: %v", err)
+					assert.True(t, tcptest.IsRefused(err), "neither served nor refused: %v", err)
 				}
 			}
 		})
