@@ -767,12 +767,12 @@ func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing
 		tcptest.RequireClient(t, client, tcptest.Accept(sl))
 	}
 	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-	for range 3 {
-		_, err := sl.Accept()
-		tcptest.RequireStoppedError(t, err)
-		_, err = sl.AcceptTCP()
-		tcptest.RequireStoppedError(t, err)
+	const more = 8
+	start := time.Now()
+	for range more {
+		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 	}
+	assert.Less(t, time.Since(start), more/2*tcptest.DrainWait, "Accept waits again after StoppedError")
 }
 
 // Serve closes the listener when it returns.
@@ -806,6 +806,8 @@ func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
 	sl.Drain()
 	tcptest.RequireDrained(t, waiting, acceptors)
 	requireWaited(t, start)
+	took := time.Since(start)
+	assert.Less(t, took, acceptors/2*tcptest.DrainWait, "the goroutines wait one after another")
 }
 
 // The accept loop handles each connection itself, which takes longer than Accept waits.

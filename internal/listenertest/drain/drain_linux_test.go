@@ -217,8 +217,8 @@ func TestSlowLoopOnASocketBoundToADevice(t *testing.T) {
 	tcptest.RequireDrained(t, tcptest.Accept(sl), 1) // the time is counted from Drain
 }
 
-// wrapBoundToDevice wraps a socket for which the drain that it returns, a call of Drain, cannot make
-// the system refuse connections.
+// wrapBoundToDevice wraps a socket. The drain that it returns calls Drain, which cannot make
+// the system refuse connections there.
 func wrapBoundToDevice(t *testing.T) (sl *stoppablelistener.StoppableListener, drain func()) {
 	lo, err := net.InterfaceByName("lo")
 	require.NoError(t, err)
