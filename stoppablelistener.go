@@ -343,5 +343,6 @@ func (sl *StoppableListener) startPoll() error {
 // interrupt makes each Accept return StoppedError. It is called with mu held.
 func (sl *StoppableListener) interrupt() {
 	close(sl.stop)
-	_ = sl.TCPListener.SetDeadline(longPast) // fails only on a closed listener, where no goroutine is blocked
+	// It fails only on a closed listener, where no goroutine is blocked.
+	_ = sl.TCPListener.SetDeadline(longPast)
 }

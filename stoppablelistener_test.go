@@ -772,7 +772,8 @@ func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing
 	for range more {
 		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 	}
-	assert.Less(t, time.Since(start), more/2*tcptest.DrainWait, "Accept waits again after StoppedError")
+	assert.Less(t, time.Since(start), more/2*tcptest.DrainWait,
+		"Accept waits again after StoppedError")
 }
 
 // Serve closes the listener when it returns.

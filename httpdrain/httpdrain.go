@@ -255,6 +255,8 @@ func (d *Drainer) wake() {
 	d.changed.Broadcast()
 }
 
+var errReplaced = errors.New("httpdrain: no grace period, because ConnState was replaced after New")
+
 // shutDownUnknown waits for the connections that are not in conns, as Shutdown does.
 func (d *Drainer) shutDownUnknown(ctx context.Context) error {
 	replaced := d.accepted.Load() > d.reported.Load() // no Serve is running any more
@@ -267,7 +269,7 @@ func (d *Drainer) shutDownUnknown(ctx context.Context) error {
 		_ = d.server.Close()
 	}
 	if replaced {
-		err = errors.Join(errors.New("httpdrain: no graceful shutdown: ConnState was replaced after New"), err)
+		err = errors.Join(errReplaced, err)
 	}
 	return err
 }

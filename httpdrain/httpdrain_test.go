@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"reflect"
 	"strings"
 	"sync"
@@ -34,7 +35,13 @@ func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "16"); err != nil {
 		panic(err)
 	}
-	proctest.Main(m, func(string) { idleClients(os.Args[1]) })
+	proctest.Main(m, func(string) {
+		if len(os.Args) > 1 {
+			idleClients(os.Args[1])
+		} else {
+			Example()
+		}
+	})
 }
 
 // shortGrace is for tests in which the end of the grace period matters.
@@ -164,8 +171,10 @@ func (s *service) countConns(state http.ConnState) (n int) {
 
 var (
 	nothing = http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
-	flush   = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.(http.Flusher).Flush() })
-	hello   = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "Hello") })
+	flush   = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.(http.Flusher).Flush()
+	})
+	hello = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "Hello") })
 )
 
 // routes is a handler for each path; that for "" handles the other paths.
@@ -294,11 +303,12 @@ func TestHandlersGetTheResponseWriterOfPackageHTTP(t *testing.T) {
 // The client does not send the rest of the body. With another ResponseWriter, MaxBytesReader
 // cannot tell the server that it need not wait for that.
 func TestMaxBytesReaderRespondsAtOnce(t *testing.T) {
-	s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, 1))
 		assert.Error(t, err)
 		w.WriteHeader(http.StatusRequestEntityTooLarge)
-	}))
+	})
+	s := startService(t, tcptest.Listen(t), nil, handler)
 	c := s.dial(t)
 	c.Send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nxx")
 	resp, _ := c.Response(t)
@@ -307,10 +317,12 @@ func TestMaxBytesReaderRespondsAtOnce(t *testing.T) {
 
 func TestResponsesCarryConnectionClose(t *testing.T) {
 	for name, handler := range map[string]http.HandlerFunc{
-		"nothing":     nothing,
-		"Write":       hello,
-		"WriteHeader": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
-		"Flush":       flush,
+		"nothing": nothing,
+		"Write":   hello,
+		"WriteHeader": func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusNoContent)
+		},
+		"Flush": flush,
 		"ReadFrom": func(w http.ResponseWriter, _ *http.Request) {
 			_, _ = w.(io.ReaderFrom).ReadFrom(strings.NewReader("Hello"))
 		},
@@ -330,10 +342,11 @@ func TestResponsesCarryConnectionClose(t *testing.T) {
 }
 
 func TestInformationalResponsesCarryNoConnectionClose(t *testing.T) {
-	s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		hello(w, r)
-	}))
+	})
+	s := startService(t, tcptest.Listen(t), nil, handler)
 	c := s.dial(t)
 	s.awaitConns(t, 1, http.StateNew)
 	drained := s.startDrain(t, context.Background())
@@ -345,16 +358,17 @@ func TestInformationalResponsesCarryNoConnectionClose(t *testing.T) {
 
 func TestResponsesThatSwitchProtocolsCarryNoConnectionClose(t *testing.T) {
 	for name, tt := range map[string]struct {
-		request string
-		close   bool
+		request, header string
+		close           bool
 	}{
-		"WebSocket":       {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", false},
-		"CONNECT":         {"CONNECT test:80 HTTP/1.1\r\nHost: test:80\r\n\r\n", false},
-		"h2c, is ignored": {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n", true},
-		"TLS, is ignored": {"GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: TLS/1.2\r\n\r\n", true},
+		"WebSocket":       {"GET /", "Connection: Upgrade\r\nUpgrade: websocket\r\n", false},
+		"CONNECT":         {"CONNECT test:80", "", false},
+		"TLS, is ignored": {"GET /", "Connection: Upgrade\r\nUpgrade: TLS/1.2\r\n", true},
+		"h2c, is ignored": {"GET /", "Connection: Upgrade, HTTP2-Settings\r\n" +
+			"Upgrade: h2c\r\nHTTP2-Settings: \r\n", true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := startService(t, tcptest.Listen(t), nil, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if tt.close {
 					return
 				}
@@ -368,11 +382,12 @@ func TestResponsesThatSwitchProtocolsCarryNoConnectionClose(t *testing.T) {
 				if assert.NoError(t, err) {
 					conn.Close()
 				}
-			}))
+			})
+			s := startService(t, tcptest.Listen(t), nil, handler)
 			c := s.dial(t)
 			s.awaitConns(t, 1, http.StateNew)
 			drained := s.startDrain(t, context.Background())
-			c.Send(t, tt.request)
+			c.Send(t, tt.request+" HTTP/1.1\r\nHost: test:80\r\n"+tt.header+"\r\n")
 			resp, err := http.ReadResponse(c.Buffered(), &http.Request{Method: "HEAD"})
 			require.NoError(t, err)
 			assert.Equal(t, tt.close, resp.Close, "Connection: close")
@@ -579,7 +594,7 @@ func TestDrainIgnoresHijackedConnections(t *testing.T) {
 			t.Parallel()
 			hijacked := make(chan net.Conn, 1)
 			var s *service
-			s = startService(t, tcptest.Listen(t), nil, routes{"/": hello, "/hijack": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			hijack := func(w http.ResponseWriter, _ *http.Request) {
 				before(w, s)
 				conn, _, err := http.NewResponseController(w).Hijack()
 				if !assert.NoError(t, err) {
@@ -590,7 +605,9 @@ func TestDrainIgnoresHijackedConnections(t *testing.T) {
 					s.server.ConnState(wrapper, http.StateIdle)
 				}
 				hijacked <- conn
-			})})
+			}
+			handler := routes{"/": hello, "/hijack": http.HandlerFunc(hijack)}
+			s = startService(t, tcptest.Listen(t), nil, handler)
 			s.drainer.Grace = shortGrace
 			idle := s.get(t, "/")
 			idle.Response(t)
@@ -640,7 +657,8 @@ func TestDrainShutsDownHTTP2(t *testing.T) {
 	t.Parallel()
 	config := httpclient.ServerTLS()
 	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
-	s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/before": before, "/started": started})
+	handler := routes{"/": hello, "/before": before, "/started": started}
+	s := startService(t, tcptest.Listen(t), config, handler)
 	s.drainer.Grace = shortGrace
 	shutdown := make(chan struct{})
 	s.server.RegisterOnShutdown(func() { close(shutdown) })
@@ -847,7 +865,8 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 			l := tcptest.Listen(t)
 			served := make(chan error, 1)
 			go func() { served <- server.Serve(tt.listener(l)) }()
-			idle, inFlight := httpclient.Dial(t, l.Addr().String(), nil), httpclient.Dial(t, l.Addr().String(), nil)
+			idle := httpclient.Dial(t, l.Addr().String(), nil)
+			inFlight := httpclient.Dial(t, l.Addr().String(), nil)
 			idle.Get(t, "/")
 			idle.Response(t)
 			inFlight.Get(t, "/blocking")
@@ -890,4 +909,40 @@ func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) 
 	assert.ErrorIs(t, err, context.Canceled)
 	assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
 	c.RequireClosed(t)
+}
+
+// Example
+
+func TestExampleAcceptsUntilTheDelayIsOver(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes five seconds")
+	}
+	t.Parallel()
+	cmd := exec.Command(proctest.Self(t))
+	cmd.Env = append(os.Environ(), "PORT=0")
+	p := proctest.Start(t, cmd)
+	var url string
+	tcptest.Await(t, "address in the log", func() bool {
+		_, port, found := strings.Cut(p.Errors(t), "serving on [::]:")
+		url = "http://127.0.0.1:" + strings.TrimSpace(port)
+		return found && strings.HasSuffix(port, "\n")
+	})
+	client := httpclient.NewClient(nil, false, false)
+	status := func() int {
+		resp, err := client.Get(url + "/ready")
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		return resp.StatusCode
+	}
+	require.Equal(t, http.StatusOK, status())
+	proctest.Signal(t, p.Process, os.Interrupt)
+	tcptest.Await(t, "failure of the readiness probe", func() bool {
+		return status() == http.StatusServiceUnavailable
+	})
+	c := httpclient.Dial(t, strings.TrimPrefix(url, "http://"), nil)
+	c.Get(t, "/")
+	c.RequireLastResponse(t, "Hello\n")
+	p.RequireStatus(t, 0)
+	_, err := client.Get(url)
+	assert.True(t, tcptest.IsRefused(err), "the server is still there: %v", err)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"net/http"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -109,24 +108,10 @@ func shutDownLastServer(
 	return losers.Load(), returned.Sub(start)
 }
 
-// postUntilError posts until a request fails. No request can be sent again, because its body can
-// be read only once.
+// postUntilError posts until a request fails.
 func postUntilError(client *http.Client, url string) error {
 	for {
-		const text = "request"
-		body := io.MultiReader(strings.NewReader(text)) // for a strings.Reader, http gets a copy
-		req, err := http.NewRequest(http.MethodPost, url, body)
-		if err != nil {
-			return err
-		}
-		req.ContentLength = int64(len(text))
-		resp, err := client.Do(req)
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(io.Discard, resp.Body)
-		resp.Body.Close()
-		if err != nil {
+		if _, err := httpclient.Post(client, url, "request"); err != nil {
 			return err
 		}
 	}

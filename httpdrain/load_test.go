@@ -33,14 +33,13 @@ func TestDrainFailsNoRequestUnderLoad(t *testing.T) {
 	}{
 		"new connections": {client{}, 300},
 		"keep-alive":      {client{keepAlive: true}, 300},
-		"TLS":             {client{tls: true, keepAlive: true}, 50},              // handshakes take most of the time
-		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 10}, // each takes a grace period
+		"TLS":             {client{tls: true, keepAlive: true}, 50}, // most of it for handshakes
+		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 50},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			load := drainUnderLoad(t, tt.client, tcptest.Rounds(tt.servers), func(s *service, ctx context.Context) error {
-				return s.drainer.Drain(ctx)
-			})
+			load := drainUnderLoad(t, tt.client, tcptest.Rounds(tt.servers),
+				func(s *service, ctx context.Context) error { return s.drainer.Drain(ctx) })
 			load.RequireNoneFailed(t)
 		})
 	}
@@ -48,7 +47,9 @@ func TestDrainFailsNoRequestUnderLoad(t *testing.T) {
 
 // drainUnderLoad serves one socket with one server after another, each of which is shut down
 // while clients post without pause.
-func drainUnderLoad(t testing.TB, c client, servers int, shutdown func(*service, context.Context) error) *httpload.Load {
+func drainUnderLoad(
+	t testing.TB, c client, servers int, shutdown func(*service, context.Context) error,
+) *httpload.Load {
 	const clients, perServer = 8, 60
 	l := tcptest.Listen(t)
 	var config *tls.Config
@@ -68,9 +69,6 @@ func drainUnderLoad(t testing.TB, c client, servers int, shutdown func(*service,
 			_, _ = io.Copy(w, r.Body)
 		}))
 		s.drainer.Grace = time.Second
-		if c.http2 {
-			s.drainer.Grace = 400 * time.Millisecond // until then, the clients stay with this server
-		}
 		tcptest.Receive(t, enough, "requests")
 		if n == servers {
 			load.Stop() // no other server comes
@@ -158,7 +156,7 @@ func rollingUpdate(
 	if !http2 {
 		load(noticing, 4, false, 0)
 		load(noticing, 200, true, slowInterval) // so many that some send when it matters
-		if refuses() {                          // otherwise, they lose what is in the accept queue
+		if tcptest.RefusesAfterDrain() {        // otherwise, they lose what is in the accept queue
 			load(retrying, 16, false, 0)
 		}
 	}
@@ -260,5 +258,3 @@ func copyDelayed(dst, src net.Conn) {
 	}
 	dst.Close()
 }
-
-func refuses() bool { return true }
