@@ -75,9 +75,14 @@ import (
 // set on the plain *net.TCPListener ends a poll and not an Accept.
 const pollInterval = time.Minute
 
-// drainWait is how long Accept waits for another connection after Drain. A handshake takes a
-// round-trip time, which is shorter on nearly any path.
-const drainWait = 250 * time.Millisecond
+const (
+	// drainWait is how long Accept waits for another connection after Drain. A handshake takes
+	// a round-trip time, which is shorter on nearly any path.
+	drainWait = 250 * time.Millisecond
+
+	// lookWait is how long Accept waits once more after that; see endWait.
+	lookWait = drainWait / 10
+)
 
 // longPast is a deadline that interrupts Accept; net/http interrupts reads with the same.
 var longPast = time.Unix(1, 0)
@@ -108,7 +113,8 @@ type StoppableListener struct {
 	mu       sync.Mutex // guards the fields below, and each change of the TCPListener's deadline
 	deadline time.Time  // as the caller set it; zero means none
 	refusing bool       // after Drain: the system refuses new connections
-	waitEnd  time.Time  // after Drain: when drainWait is over; zero until an Accept starts to wait
+	waitEnd  time.Time  // after Drain: when the wait is over; zero until an Accept starts to wait
+	looking  bool       // after Drain: the wait is lookWait
 }
 
 // New wraps l, which must be an open, non-nil [*net.TCPListener], no matter which function
@@ -225,9 +231,9 @@ func (sl *StoppableListener) Stop() {
 // socket. With package restart, call its Process.Stop instead, which calls Drain or Stop.
 //
 // Accept and AcceptTCP keep returning connections: those in the accept queue, and those whose
-// handshake completes. When they have waited 250 ms for another one, which is longer than a
-// handshake takes on nearly any path, they return [StoppedError], in each goroutine that is
-// blocked and in each later call. After that, closing the socket resets no connection.
+// handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
+// nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
+// later call. After that, closing the socket resets no connection.
 //
 // A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
 // Stop, do nothing. Drain may be called before the first Accept and after Close.
@@ -235,10 +241,13 @@ func (sl *StoppableListener) Stop() {
 // New connections are refused on Linux since version 5.7, without privileges, for TCP and
 // Multipath TCP. There, connect returns "connection refused" at once; if another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
-// because the kernel drops their first SYN. Where connections cannot be refused, on other
-// systems, in some sandboxes, or on a socket that is bound to a device, Accept returns
-// connections for 250 ms after Drain and then StoppedError. Closing the socket then resets the
-// connections that are in its accept queue or in the handshake.
+// because the kernel drops their first SYN. Handshakes fail for which the kernel uses SYN
+// cookies, as it does if the accept queue or the handshakes exceed the backlog.
+//
+// Where connections cannot be refused, on other systems, in some sandboxes, or on a socket that
+// is bound to a device, Accept returns connections for 250 ms after Drain and then StoppedError.
+// Closing the socket then resets the connections that are in its accept queue or in the
+// handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -292,18 +301,28 @@ func (sl *StoppableListener) endPoll(err error) error {
 }
 
 // endWait is endPoll after Drain. It is called with mu held.
+//
+// If the process does not run at the end of the wait, because it is suspended or throttled, a
+// connection may come, but the deadline expires before Accept can look. So Accept waits once
+// more, for a moment, which starts with a look at the accept queue.
 func (sl *StoppableListener) endWait(err error) error {
-	timeout := errors.Is(err, os.ErrDeadlineExceeded)
+	now := time.Now()
 	switch {
-	case errors.Is(err, net.ErrClosed),
-		timeout && !sl.waitEnd.IsZero() && !time.Now().Before(sl.waitEnd):
+	case errors.Is(err, net.ErrClosed):
 		sl.interrupt()
 		return StoppedError
-	case !timeout: // no descriptor was free, for example: connections may be pending
+	case !errors.Is(err, os.ErrDeadlineExceeded): // no free descriptor, for example
 		sl.startWait()
 		return err
 	case sl.waitEnd.IsZero():
-		sl.waitEnd = time.Now().Add(drainWait)
+		sl.waitEnd = now.Add(drainWait)
+	case now.Before(sl.waitEnd): // another goroutine has started the wait
+	case sl.refusing && !sl.looking:
+		sl.looking = true
+		sl.waitEnd = now.Add(lookWait)
+	default:
+		sl.interrupt()
+		return StoppedError
 	}
 	_ = sl.TCPListener.SetDeadline(sl.waitEnd)
 	return nil
@@ -321,7 +340,7 @@ func (sl *StoppableListener) endWait(err error) error {
 // from Drain.
 func (sl *StoppableListener) startWait() {
 	if sl.refusing {
-		sl.waitEnd = time.Time{}
+		sl.waitEnd, sl.looking = time.Time{}, false
 	}
 	_ = sl.TCPListener.SetDeadline(longPast)
 }

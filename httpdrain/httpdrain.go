@@ -53,7 +53,9 @@
 //
 // An informational response that a handler sends, such as 103 Early Hints, would carry
 // Connection: close too. Clients reject that: Node.js always, others over HTTP/2. Such a handler
-// should delete the header before, and may set it again after.
+// should delete the header before, and may set it again after. A httputil.ReverseProxy also sends
+// those of its backend, such as 100 Continue: call it from a handler that deletes the header, and
+// set the header in its ModifyResponse.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -73,10 +75,12 @@
 //     request whose header takes longer than the grace period.
 //   - HTTP/1 pipelining: a request that was sent before the response with Connection: close was
 //     received.
-//   - HTTP/2: a request that was sent before GOAWAY was received. GOAWAY follows the response to
-//     a request that is the only one in flight on its connection after Drain has been called,
-//     so this does not affect clients with one request at a time. On other connections it is
-//     sent at the end of the grace period. Package http sends one GOAWAY, with the last stream
+//   - OPTIONS *, to which package http itself responds, without Connection: close, unless the
+//     server's DisableGeneralOptionsHandler is set.
+//   - HTTP/2: a request that was sent before GOAWAY was received. After Drain, GOAWAY follows the
+//     response to a request that was the only one in flight on its connection when its handler
+//     was called, so this does not affect clients with one request at a time. On other
+//     connections it is sent at the end of the grace period. Package http sends one GOAWAY, with the last stream
 //     that it has seen, not the two of RFC 9113, section 6.8. Many clients send such a request
 //     again if they can send its body again.
 package httpdrain
@@ -134,7 +138,8 @@ var inFlightKey = new(struct{ _ int })
 // these fields, if you use them, before you call New, and call New before Serve. Frameworks
 // may set them later: echo's Start and StartServer do, for example. Use the framework as the
 // Handler of a server of your own then: http.Server{Handler: e}. If Handler is replaced,
-// responses do not carry Connection: close; if ConnState is, Drain returns an error.
+// responses do not carry Connection: close; if ConnContext is, GOAWAY does not follow them; if
+// ConnState is, Drain returns an error.
 func New(server *http.Server) *Drainer {
 	d := &Drainer{Grace: 1250 * time.Millisecond, server: server}
 	d.changed.L = &d.mu
@@ -224,17 +229,29 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	d.shutdown.Store(true)
 	d.eachInState(http.StateNew, func(conn net.Conn, _ *connInfo) { _ = conn.Close() })
 	d.eachInState(http.StateIdle, closeIfIdleLater)
-	if d.wait(ctx, &d.open) {
-		return d.shutDownUnknown(ctx)
-	}
-
 	var err error
-	d.eachInState(http.StateActive, func(net.Conn, *connInfo) {
-		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", ctx.Err())
-	})
-	_ = d.server.Close()
+	if !d.wait(ctx, &d.open) {
+		d.eachInState(http.StateActive, func(net.Conn, *connInfo) { err = ctx.Err() })
+	}
+	replaced := d.accepted.Load() > d.reported.Load() // no Serve is running any more
+	if replaced || d.unknown.Load() {
+		if e := d.server.Shutdown(ctx); e != nil { // it waits for those that are not in conns
+			err = e
+		}
+	}
+	if ctx.Err() != nil {
+		_ = d.server.Close()
+	}
+	if err != nil {
+		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", err)
+	}
+	if replaced {
+		err = errors.Join(errReplaced, err)
+	}
 	return err
 }
+
+var errReplaced = errors.New("httpdrain: no grace period, because ConnState was replaced after New")
 
 // wait waits until n, which is open or fresh, is zero, and returns false if ctx is done before.
 func (d *Drainer) wait(ctx context.Context, n *atomic.Int64) bool {
@@ -253,25 +270,6 @@ func (d *Drainer) wake() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.changed.Broadcast()
-}
-
-var errReplaced = errors.New("httpdrain: no grace period, because ConnState was replaced after New")
-
-// shutDownUnknown waits for the connections that are not in conns, as Shutdown does.
-func (d *Drainer) shutDownUnknown(ctx context.Context) error {
-	replaced := d.accepted.Load() > d.reported.Load() // no Serve is running any more
-	if !replaced && !d.unknown.Load() {
-		return nil
-	}
-	err := d.server.Shutdown(ctx)
-	if err != nil {
-		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", err)
-		_ = d.server.Close()
-	}
-	if replaced {
-		err = errors.Join(errReplaced, err)
-	}
-	return err
 }
 
 // eachInState calls f with each connection in that state.

@@ -832,14 +832,27 @@ func TestTwoCallsOfDrainReturn(t *testing.T) {
 // A taggedConn cannot be a key of a map.
 type taggedConn struct {
 	net.Conn
-	tags []string
+	_ []string
 }
 
-type tagging struct{ net.Listener }
+// A tagging listener returns such connections after some others.
+type tagging struct {
+	net.Listener
+	others *atomic.Int64
+}
+
+func newTagging(l net.Listener, others int64) net.Listener {
+	t := tagging{l, new(atomic.Int64)}
+	t.others.Store(others)
+	return t
+}
 
 func (l tagging) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	return taggedConn{Conn: conn}, err
+	if err != nil || l.others.Add(-1) >= 0 {
+		return conn, err
+	}
+	return taggedConn{Conn: conn}, nil
 }
 
 func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
@@ -849,7 +862,7 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 		message  string // a part of the error of Drain
 	}{
 		"cannot be a map key": {
-			func(l net.Listener) net.Listener { return tagging{l} }, func(*http.Server) {}, "",
+			func(l net.Listener) net.Listener { return newTagging(l, 0) }, func(*http.Server) {}, "",
 		},
 		"ConnState replaced": {
 			func(l net.Listener) net.Listener { return l },
@@ -894,21 +907,30 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 }
 
 func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) {
-	b := newBlocking(nothing, hello)
-	server := &http.Server{Handler: b}
-	drainer := httpdrain.New(server)
-	l := tcptest.Listen(t)
-	go server.Serve(tagging{l})
-	c := httpclient.Dial(t, l.Addr().String(), nil)
-	c.Get(t, "/")
-	b.awaitEntered(t)
-	defer close(b.release)
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	err := drainer.Drain(ctx)
-	assert.ErrorIs(t, err, context.Canceled)
-	assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
-	c.RequireClosed(t)
+	for name, idle := range map[string]int{"alone": 0, "beside one that it knows": 1} {
+		t.Run(name, func(t *testing.T) {
+			b := newBlocking(nothing, hello)
+			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
+			drainer := httpdrain.New(server)
+			l := tcptest.Listen(t)
+			go server.Serve(newTagging(l, int64(idle)))
+			for range idle {
+				c := httpclient.Dial(t, l.Addr().String(), nil)
+				c.Get(t, "/")
+				c.Response(t)
+			}
+			c := httpclient.Dial(t, l.Addr().String(), nil)
+			c.Get(t, "/blocking")
+			b.awaitEntered(t)
+			defer close(b.release)
+			ctx, cancel := context.WithCancel(context.Background())
+			cancel()
+			err := drainer.Drain(ctx)
+			assert.ErrorIs(t, err, context.Canceled)
+			assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
+			c.RequireClosed(t)
+		})
+	}
 }
 
 // Example

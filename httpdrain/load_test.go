@@ -3,14 +3,12 @@ package httpdrain_test
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"slices"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -68,7 +66,6 @@ func drainUnderLoad(
 			handled()
 			_, _ = io.Copy(w, r.Body)
 		}))
-		s.drainer.Grace = time.Second
 		tcptest.Receive(t, enough, "requests")
 		if n == servers {
 			load.Stop() // no other server comes
@@ -218,7 +215,7 @@ func (b *balancer) dial(ctx context.Context, network, _ string) (net.Conn, error
 			return conn, nil
 		case err == nil:
 			return delayConn(conn), nil
-		case !b.retries || !errors.Is(err, syscall.ECONNREFUSED):
+		case !b.retries || !tcptest.IsRefused(err):
 			return nil, err
 		}
 	}
