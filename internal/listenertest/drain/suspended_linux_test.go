@@ -1,0 +1,66 @@
+package drain_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// TestMain runs suspended in the process that a test starts.
+func TestMain(m *testing.M) { proctest.Main(m, func(string) { suspended() }) }
+
+// suspended drains a listener and suspends the process while Accept waits.
+func suspended() {
+	t := proctest.TB{}
+	config := withOption(syscall.IPPROTO_TCP, syscall.TCP_DEFER_ACCEPT, 10)
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	sl := tcptest.Wrap(t, l)
+	fmt.Println(l.Addr())
+	_, _ = fmt.Scanln() // the client has connected
+	accepted := tcptest.Accept(sl)
+	sl.Drain()
+	time.Sleep(tcptest.DrainWait / 5) // Accept has started to wait
+	fmt.Println("suspended")
+	require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGSTOP))
+
+	got := <-accepted
+	require.NoError(t, got.Err, "a connection is pending")
+	echo(t, got.Conn)
+}
+
+// When the process runs again, the deadline has expired and a connection is pending. With
+// GOMAXPROCS=1, Go looks at the deadline first.
+func TestConnectionThatComesWhileTheProcessIsSuspended(t *testing.T) {
+	tcptest.RequireRefusal(t)
+	cmd := exec.Command(proctest.Self(t))
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	stdin, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	p := proctest.Start(t, cmd)
+	client, err := net.Dial("tcp", p.Line(t))
+	require.NoError(t, err)
+	defer client.Close()
+	_, err = fmt.Fprintln(stdin)
+	require.NoError(t, err)
+	p.RequireLines(t, "suspended")
+	_, err = client.Write([]byte("x")) // completes the handshake
+	require.NoError(t, err)
+	time.Sleep(tcptest.DrainWait * 6 / 5)
+	proctest.Signal(t, p.Process, syscall.SIGCONT)
+	_, err = client.Read(make([]byte, 1))
+	require.NoError(t, err, "the client has no response; standard error: %s", p.Errors(t))
+	client.Close()
+	p.RequireStatus(t, 0)
+}
