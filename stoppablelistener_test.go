@@ -758,7 +758,7 @@ func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing
 	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
-	clients := make([]net.Conn, 10)
+	clients := make([]net.Conn, 3)
 	for i := range clients {
 		clients[i] = tcptest.Dial(t, l)
 	}
@@ -781,7 +781,7 @@ func TestHTTPServerRespondsToPendingRequestsAfterDrain(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
-	clients := make([]net.Conn, 10)
+	clients := make([]net.Conn, 3)
 	for i := range clients {
 		clients[i] = tcptest.Dial(t, l)
 		_, err := fmt.Fprint(clients[i], "GET / HTTP/1.0\r\n\r\n")
