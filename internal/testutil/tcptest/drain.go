@@ -110,7 +110,7 @@ func RequireAcceptsUntilStopped(
 	RequireClient(t, client, Accept(sl))
 
 	var closing atomic.Bool
-	stopLoad := Loop(t, 2, func() bool {
+	stopLoad := Loop(t, 16, func() bool {
 		conn, err := net.DialTimeout("tcp", sl.Addr().String(), Patience)
 		if err != nil {
 			if !closing.Load() {
@@ -140,4 +140,5 @@ func RequireAcceptsUntilStopped(
 	stopLoad()
 	RequireStoppedError(t, err)
 	require.GreaterOrEqual(t, took, DrainWait, "Accept has returned StoppedError too soon")
+	require.Less(t, took, Patience/2, "Accept has returned connections for too long")
 }
