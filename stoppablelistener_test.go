@@ -982,6 +982,20 @@ func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
 	}
 }
 
+// Accept would be slower if it moved the deadline for each connection.
+func TestAcceptMovesTheDeadlineForAConnectionOnlyAfterDrain(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	client := tcptest.Dial(t, l)
+	deadline := time.Now().Add(tcptest.Patience / 10) // the end of this poll
+	require.NoError(t, l.SetDeadline(deadline))
+	tcptest.RequireClient(t, client, tcptest.Accept(sl))
+	got := tcptest.Receive(t, tcptest.Accept(l), "end of the poll")
+	requireTimeout(t, got.Err)
+	assert.False(t, time.Now().Before(deadline), "Accept has moved the deadline before Drain")
+}
+
 func TestDrainStartsNoGoroutine(t *testing.T) {
 	sls := make([]*stoppablelistener.StoppableListener, 100)
 	for i := range sls {
