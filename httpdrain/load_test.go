@@ -25,14 +25,15 @@ type client struct {
 }
 
 func TestDrainFailsNoRequestUnderLoad(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		client
 		servers int
 	}{
-		"new connections": {client{}, 300},
-		"keep-alive":      {client{keepAlive: true}, 300},
-		"TLS":             {client{tls: true, keepAlive: true}, 50}, // most of it for handshakes
-		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 50},
+		"new connections": {client{}, 150},
+		"keep-alive":      {client{keepAlive: true}, 150},
+		"TLS":             {client{tls: true, keepAlive: true}, 30}, // most of it for handshakes
+		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 30},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -97,6 +98,7 @@ func TestRollingUpdateFailsNoRequest(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
 	}
+	t.Parallel()
 	for name, http2 := range map[string]bool{"HTTP/1": false, "HTTP/2": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
