@@ -168,6 +168,7 @@ func TestDrainNeedsNoPrivilege(t *testing.T) {
 // While one of two sockets at the same address is drained, the kernel may still choose it for a new
 // connection. It drops the SYN then, and the client sends it again a second later.
 func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	config := withOption(syscall.SOL_SOCKET, soReusePort, 1)
 	drained, err := config.Listen(context.Background(), "tcp4", "127.0.0.1:0")

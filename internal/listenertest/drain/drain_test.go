@@ -21,6 +21,7 @@ import (
 // Each client connects again and again, until a connection is refused; the others must get a
 // response. The socket is closed as soon as the accept loops have returned.
 func TestEachConnectionIsServedOrRefused(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	for _, tt := range []struct {
 		name                       string
@@ -28,8 +29,8 @@ func TestEachConnectionIsServedOrRefused(t *testing.T) {
 		enough                     int64         // connections before Drain
 		takes                      time.Duration // if the accept loop handles each itself
 	}{
-		{"one accept loop", 5, 1, 16, 500, 0},
-		{"many accept loops", 5, 8, 16, 500, 0},
+		{"one accept loop", 1 + tcptest.Rounds(4), 1, 16, 500, 0},
+		{"many accept loops", 1 + tcptest.Rounds(4), 8, 16, 500, 0},
 		{"slow accept loop", 1, 1, 16, 16, tcptest.DrainWait / 8},
 		{"very slow accept loop", 1, 1, 4, 1, tcptest.DrainWait * 6 / 5},
 	} {
@@ -126,6 +127,7 @@ func echo(t testing.TB, conn net.Conn) {
 
 // The server is that of net/http, and Serve closes the listener when it returns.
 func TestClientsOfAnHTTPServerSeeNothingButRefusal(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	for range 3 {
 		l := tcptest.Listen(t)

@@ -43,6 +43,7 @@ func suspended() {
 // When the process runs again, the deadline has expired and a connection is pending. With
 // GOMAXPROCS=1, Go looks at the deadline first.
 func TestConnectionThatComesWhileTheProcessIsSuspended(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	cmd := exec.Command(proctest.Self(t))
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
