@@ -1,7 +1,6 @@
 package main
 
 import (
-	"net"
 	"os"
 	"os/exec"
 	"syscall"
@@ -50,14 +49,6 @@ func startRequest(t testing.TB, addr string) *httpclient.Conn {
 	return c
 }
 
-func finishRequest(t testing.TB, c *httpclient.Conn) {
-	t.Helper()
-	c.Send(t, "x")
-	_, body := c.Response(t)
-	require.Equal(t, "Hello HTTP!\n", body)
-	c.Close()
-}
-
 // requireStopping requires the lines of the program after a signal.
 func requireStopping(t testing.TB, p *proctest.Program, sig os.Signal) {
 	t.Helper()
@@ -74,18 +65,12 @@ func TestSignalShutsDownGracefully(t *testing.T) {
 			inFlight := startRequest(t, addr)
 			proctest.Signal(t, p.Process, sig)
 			requireStopping(t, p, sig)
-			tcptest.Await(t, "refusal of new connections", func() bool {
-				conn, err := net.Dial("tcp", addr)
-				if err == nil {
-					conn.Close()
-				}
-				return err != nil
-			})
+			httpclient.AwaitRefused(t, addr)
 			half.Send(t, " test\r\n\r\n")
 			_, body := half.Response(t)
 			assert.Equal(t, "Hello HTTP!\n", body)
 			half.Close()
-			finishRequest(t, inFlight)
+			inFlight.Finish(t, "Hello HTTP!\n")
 			p.RequireStatus(t, 0)
 			p.RequireNoProcess(t)
 			assert.Empty(t, p.Errors(t))

@@ -50,7 +50,7 @@ func TestInterruptOfAPipeline(t *testing.T) {
 		server := p.Next(t)
 		inFlight := startRequest(t, addr)
 		require.NoError(t, syscall.Kill(-p.Process.Pid, syscall.SIGINT))
-		finishRequest(t, inFlight)
+		inFlight.Finish(t, "Hello HTTP!\n")
 		server.AwaitExit(t)
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest/arg0"
 )
 
 // An Installation is a path at which a version of the program is installed.
@@ -24,7 +26,8 @@ func Install(t testing.TB, version string) Installation {
 
 // Replace installs another version: a script that runs the test binary.
 func (i Installation) Replace(t testing.TB, version string) {
-	i.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=%s %s=\"$0\" exec '%s' \"$@\"\n", versionEnv, version, pathEnv, Self(t)))
+	i.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=%s %s=\"$0\" exec '%s' \"$@\"\n",
+		VersionEnv, version, arg0.PathEnv, Self(t)))
 }
 
 // ReplaceText installs an executable file with that content.

@@ -22,8 +22,7 @@ import (
 
 const (
 	reportEnv  = "STOPPABLELISTENER_TEST_REPORT"  // address to report to
-	pathEnv    = "STOPPABLELISTENER_TEST_PATH"    // at which the program is installed
-	versionEnv = "STOPPABLELISTENER_TEST_VERSION" // that is installed
+	VersionEnv = "STOPPABLELISTENER_TEST_VERSION" // that is installed
 )
 
 // Main runs the tests or, in a process that a test has started, program. TestMain calls it.
@@ -34,15 +33,12 @@ func Main(m *testing.M, program func(version string)) {
 	}
 	conn, err := net.Dial("tcp", addr)
 	if err == nil {
-		_, err = fmt.Fprintln(conn, os.Getpid(), os.Getenv(versionEnv))
+		_, err = fmt.Fprintln(conn, os.Getpid(), os.Getenv(VersionEnv))
 	}
 	if err != nil {
 		panic(err)
 	}
-	if path := os.Getenv(pathEnv); path != "" {
-		os.Args[0] = path
-	}
-	program(os.Getenv(versionEnv))
+	program(os.Getenv(VersionEnv))
 	runtime.KeepAlive(conn)
 }
 
