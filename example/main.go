@@ -31,11 +31,7 @@ func main() {
 }
 
 func serve(ctx context.Context, p *restart.Process, addr string) error {
-	l, err := p.Listen("tcp", addr)
-	if err != nil {
-		return err
-	}
-	sl, err := stoppablelistener.New(l)
+	sl, err := p.Listen("tcp", addr)
 	if err != nil {
 		return err
 	}
@@ -56,7 +52,7 @@ func serve(ctx context.Context, p *restart.Process, addr string) error {
 	}
 	fmt.Printf("Got signal:%v\n", context.Cause(ctx))
 	fmt.Println("Stopping listener")
-	sl.Stop()
+	p.Stop(sl)
 	fmt.Println("Waiting on server")
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err

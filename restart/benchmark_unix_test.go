@@ -14,9 +14,11 @@ func BenchmarkRestart(b *testing.B) {
 	const restarts = 20
 	failed := make(map[string]int64)
 	longest := make(map[string]time.Duration)
+	variants := map[string]string{"drain": "1", "Shutdown": "1," + shutsDown}
 	for range b.N {
-		for variant, version := range map[string]string{"drain": "1", "Shutdown": "1," + shutsDown} {
-			for _, load := range restartUnderLoad(b, restarts, func(int) string { return version }) {
+		for variant, version := range variants {
+			all := func(int) string { return version }
+			for _, load := range restartUnderLoad(b, restarts, all) {
 				failed[variant] += load.Failed()
 				longest[variant] = max(longest[variant], load.Longest())
 			}

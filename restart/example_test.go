@@ -20,11 +20,7 @@ func ExampleRun() {
 }
 
 func serve(ctx context.Context, p *restart.Process) error {
-	l, err := p.Listen("tcp", "localhost:8080")
-	if err != nil {
-		return err
-	}
-	sl, err := stoppablelistener.New(l)
+	sl, err := p.Listen("tcp", "localhost:8080")
 	if err != nil {
 		return err
 	}
@@ -34,7 +30,7 @@ func serve(ctx context.Context, p *restart.Process) error {
 	go func() { served <- server.Serve(sl) }()
 	p.Ready()
 
-	context.AfterFunc(ctx, sl.Stop)
+	context.AfterFunc(ctx, func() { p.Stop(sl) })
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err
 	}

@@ -1,31 +1,55 @@
-// Package restart restarts a TCP server with zero downtime: on SIGUSR2, a new process, which
-// may be a new version of the program, inherits the listening sockets, so that the restart
-// refuses and resets no connection:
+// Package restart restarts a TCP server with zero downtime.
+//
+// On SIGUSR2, it starts the program again, which may be a new version. The new process inherits
+// the listening sockets; when it is ready, the old one shuts down gracefully. No connection is
+// refused or reset:
 //
 //	err := restart.Run(func(ctx context.Context, p *restart.Process) error {
-//		l, err := p.Listen("tcp", ":8080") // inherited, if there is a parent
-//		...                                // accept connections from l
-//		p.Ready()                          // now the previous process may stop serving
-//		<-ctx.Done()                       // signaled, or replaced by a new process
-//		...                                // shut down gracefully, and return
+//		sl, err := p.Listen("tcp", ":8080") // inherited, in a child
+//		...                                 // accept connections from sl
+//		p.Ready()                           // this is the serving process now
+//		<-ctx.Done()                        // signaled, or replaced by a new process
+//		p.Stop(sl)                          // the accept loop returns
+//		...                                 // shut down gracefully, and return
 //	})
 //
-// Stop accepting with package stoppablelistener, which drops no connection while another
-// process has the socket, and then close the open connections with package httpdrain or with the graceful shutdown of another server. The
+// Stop resets no connection, even if the service is stopped and not restarted. Then close the
+// open connections with package httpdrain, or with the graceful shutdown of another server. The
 // example of [Run] is a complete program.
 //
 // # Processes
 //
-// The service is the first process and its children. The first process is the parent of the
-// others and runs until the service is stopped. So its process ID, which shells, containers
-// and supervisors know, does not change. It serves until the first restart. After that it only
-// starts and stops children, of which the last one serves. Each child has the arguments, the
-// environment and the standard streams of the parent, and runs main from the start.
+// The parent is the process that is started first. It starts all others, its children. The
+// serving process is the parent until the first restart, and then the child that has become
+// ready last. A new process is a child that is not ready yet.
 //
-// Send signals to the parent only, and SIGUSR2 only after it has called Run. Before that, the
-// signal has no effect, or kills the process while that is being loaded. A SIGINT or SIGTERM
-// that is delivered to parent and children counts as one signal, as when Ctrl+C is typed or
-// systemd stops the service. If only the parent is killed, its children shut down gracefully.
+// The parent runs until the service is stopped, although after the first restart it only starts
+// and stops children. Supervisors, containers and shells know its process ID, and take its exit
+// for that of the service. So no PID file has to be followed, and no process becomes an orphan,
+// unlike with packages where each new process replaces its parent (tableflip, endless).
+//
+// A child has the arguments, the environment and the working directory that the parent was
+// started with. The parent may change its own: they are taken when this package is initialized,
+// before main. The program is that at os.Args[0], relative to this directory or found in this
+// PATH. Standard streams are those of the parent. Other descriptors that a supervisor passes,
+// such as s6's for notifications, are only for the parent.
+//
+// To deploy by a symbolic link to the current release, start the program by a path that contains
+// the link, or in that directory. The name of the directory is taken from PWD, which shells set.
+// A unit for systemd needs Environment=PWD=/srv/current next to WorkingDirectory=/srv/current.
+//
+// # Signals
+//
+// Send signals to the parent, whose process ID is [Process.Pid]. SIGINT and SIGTERM stop the
+// service; a second one kills it. A signal that is delivered to the parent and its children
+// counts once, as when Ctrl+C is typed or systemd stops the service. SIGUSR2 has an effect once
+// Run has called serve. If it arrives before the Go runtime has started, it kills the process.
+//
+// After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
+// example, on to the serving process; not SIGHUP if that is ignored, as with nohup.
+//
+// If the parent is killed, a new process exits with status 1 at once, and the other children
+// shut down gracefully, so that a supervisor can start the service again.
 //
 // # Supervisors
 //
@@ -36,24 +60,42 @@
 //	ExecStart=/usr/local/bin/server
 //	ExecReload=/bin/kill -USR2 $MAINPID
 //
-// With it, systemctl reload restarts the server. That reports only whether the signal was
-// sent; the log says if the restart failed. Other commands that send the signal are sv 2
-// server (runit), supervisorctl signal USR2 server, and docker kill --signal USR2 server. If a
-// shell script starts the program, it must do so with exec.
+// With it, systemctl reload restarts the server. That reports only whether the signal was sent;
+// the log says if the restart failed. Other commands that send the signal are sv 2 server
+// (runit), supervisorctl signal USR2 server, and docker kill --signal USR2 server. If a shell
+// script starts the program, it must do so with exec.
 //
-// Listen also returns the sockets of systemd's socket activation. With these, systemctl
-// restart fails no request either, but new connections wait in the accept queue until the
-// old process has exited and the new one accepts. That requires a socket unit:
+// Listen also returns the sockets of systemd's socket activation. With these, systemctl restart
+// fails no request either, but new connections wait in the accept queue until the old process
+// has exited and the new one accepts. That requires a socket unit:
 //
 //	[Socket]
 //	ListenStream=8080
 //
+// # Load balancers
+//
+// A load balancer keeps sending connections until it has noticed that the service is stopped.
+// A restart needs no such delay, because a new process serves already:
+//
+//	<-ctx.Done()
+//	if !errors.Is(context.Cause(ctx), restart.ErrReplaced) {
+//		drainer.DisableKeepAlives()
+//		time.Sleep(delay)
+//	}
+//	p.Stop(sl)
+//
 // # Limitations
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
+//   - During a restart, two processes run. If the program needs what only one process can have,
+//     such as a file lock or a port that is not opened with Listen, the new process fails, and
+//     the serving process keeps serving.
+//   - A new process has a minute to call Ready.
+//   - A framework must be able to serve a listener that it has not opened.
 //   - The parent keeps running the version of the program that it was started with, and its
-//     environment, limits and user are those of all children.
-//   - A program that changes its working directory must be started by an absolute path.
+//     limits and user are those of all children.
+//   - Between a wildcard address and a specific one, a server can change only by a stop and a
+//     start: the addresses conflict while the old socket is open.
 //   - Of the sockets of socket activation, Run closes those that are not TCP listeners.
 //   - With systemd, notifications from children require NotifyAccess=all. WatchdogSec is not
 //     supported, because systemd expects its notifications from the parent.
@@ -63,14 +105,29 @@ package restart
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
+
+	"github.com/c2db162c/stoppablelistener"
 )
+
+// ErrReplaced is the cause of a context if another process serves from now on:
+//
+//	errors.Is(context.Cause(ctx), restart.ErrReplaced)
+//
+// With any other cause, the service is being stopped.
+var ErrReplaced = errors.New("user defined signal 2")
 
 // A Process is the running process, as [Run] passes it to serve. Multiple goroutines may
 // invoke its methods simultaneously.
 type Process struct {
-	process // by system
+	// ListenConfig creates the sockets that are not inherited. Set it before the first call of
+	// Listen. Inherited sockets have the options that Control has set when they were created;
+	// KeepAlive and KeepAliveConfig have no effect on their connections.
+	ListenConfig net.ListenConfig
+
+	system system // what differs by system
 }
 
 // Run calls serve, and restarts the program on SIGUSR2. It returns the error of serve, in the
@@ -78,59 +135,95 @@ type Process struct {
 // returns.
 //
 // The function serve listens with p.Listen, starts to accept connections, and calls p.Ready.
-// When ctx is done, it stops accepting, shuts down gracefully, and returns; there is no limit
-// on how long that may take. The text of [context.Cause](ctx) is "user defined signal 2" if a
-// new process is ready, the name of the signal ("interrupt" or "terminated") if the service is
-// stopped, or "parent process exited".
+// When ctx is done, it calls p.Stop, shuts down gracefully, and returns; there is no limit on
+// how long that may take. [context.Cause](ctx) is [ErrReplaced], with the text "user defined
+// signal 2", if another process serves. Otherwise, its text is the name of the signal
+// ("interrupt" or "terminated"), or "parent process exited".
 //
-// On SIGINT or SIGTERM, ctx is done in all processes. If the child that served exits with a
-// status other than 0, Run calls [os.Exit] with the same status. On a second SIGINT or
-// SIGTERM, Run kills the children and calls os.Exit(1).
+// On SIGINT or SIGTERM, ctx is done in all processes. If the serving process is a child, and
+// then exits with a status other than 0, Run calls [os.Exit] with the same status in the parent.
+// On a second SIGINT or SIGTERM, Run kills the children and calls os.Exit(1).
 //
-// On SIGUSR2, Run starts the program at os.Args[0] in a new process, with the sockets that
-// Listen keeps. Once the new process has called Ready, ctx is done in the one that served
-// before, and an error that serve returns there is printed on standard error. SIGUSR2 that
-// arrives after Run has called serve, but before the first process or a new one has called
-// Ready, causes a restart after that.
+// On SIGUSR2, Run starts a new process, with the sockets that Listen keeps. Once that has called
+// Ready, ctx is done in the serving process, and an error that serve returns there is reported.
+// SIGUSR2 that arrives after Run has called serve, but before the parent or a new process is
+// ready, causes a restart after that.
 //
 // If the new process cannot be started, exits, or does not call Ready within a minute, after
-// which it is killed, the reason is printed on standard error, and the previous process keeps
-// serving.
+// which it is killed, or if its sockets cannot be received, the reason is reported, and the
+// serving process keeps serving. Reports are printed with package log.
 //
-// If serve returns before ctx is done in the process that serves, the service stops. If that
-// process is a child, Run returns an error, unless the exit status of the child is 0.
+// If serve returns before ctx is done in the serving process, the service stops. If that
+// process is a child, Run returns an error in the parent, unless the exit status of the child
+// is 0, or unknown because something else has waited for it.
 //
 // Run also disables SIGPIPE, so that a write to a closed pipe returns an error even on
 // standard output, and a program in a pipeline can shut down gracefully after Ctrl+C.
 func Run(serve func(ctx context.Context, p *Process) error) error {
 	p := new(Process)
-	return p.run(func(ctx context.Context) error { return serve(ctx, p) })
+	return p.system.run(func(ctx context.Context) error { return serve(ctx, p) })
 }
 
 // Listen returns the inherited socket for the address, from the parent or from socket
-// activation, and otherwise what [net.Listen] returns. The network must be "tcp", "tcp4" or
-// "tcp6".
+// activation, and otherwise listens on it as ListenConfig says. The network must be "tcp",
+// "tcp4" or "tcp6".
 //
 // A socket from the parent is found by the network and address that were passed to Listen
-// there, even if the port is 0. If there is none, a socket is found by the address that it is
-// bound to; ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
+// before the restart, even if the port is 0. If there is none, a socket is found by the address
+// that it is bound to. If that is a specific IP address, the network's name does not matter. For
+// each network, ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
 //
-// If called before Ready, Listen keeps a duplicate of the socket for the next process. So the
-// port stays open, even if the caller closes the listener, until the service is stopped or a
-// new process has called Ready without having called Listen for it.
-func (p *Process) Listen(network, address string) (*net.TCPListener, error) {
+// If called before Ready, Listen keeps a duplicate of the socket for the next new process. So
+// the port stays open, even if the caller closes the listener, until the service is stopped or
+// a new process has called Ready without having called Listen for it.
+func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableListener, error) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
-		return p.listen(network, address)
 	default:
 		return nil, net.UnknownNetworkError(network)
 	}
+	l, err := p.system.listen(&p.ListenConfig, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return stoppablelistener.New(l)
 }
 
-// Ready reports that this process accepts connections, so that the previous one stops serving.
-// It closes the inherited sockets that Listen has not returned. Calls after the first do
-// nothing.
-func (p *Process) Ready() { p.ready() }
+// Ready reports that this process accepts connections. A new process then replaces the serving
+// process. Ready closes the inherited sockets that Listen has not returned. It does nothing after
+// the first call, and once the context that Run has passed to serve is done.
+func (p *Process) Ready() { p.system.ready() }
+
+// Stop stops the accept loop of a listener that Listen has returned. Call it when the context
+// that Run has passed to serve is done, for example with [context.AfterFunc]. It may be called
+// any number of times.
+//
+// It calls the listener's Drain if the service is being stopped: in the parent because of a
+// signal, in a child if the parent says so. Then new connections are refused, and none is reset.
+// Drain affects each process that has the socket. So Stop calls the listener's Stop instead
+//
+//   - if the context is not done, or if its cause is [ErrReplaced];
+//   - if the socket comes from socket activation: connections wait there for the next start;
+//   - in a child that is signaled itself, while the parent keeps running;
+//   - in a child whose parent exits, because a supervisor may start it again;
+//   - in a child whose parent runs a version of this package that has no Stop.
+//
+// In a child that is ready and is signaled itself, Stop waits until the parent says whether it
+// stops the service. If both were signaled, that takes milliseconds; it waits at most a second.
+//
+// On systems other than Unix, Stop always calls Drain.
+func (p *Process) Stop(sl *stoppablelistener.StoppableListener) {
+	if p.system.drains(sl.Addr()) {
+		sl.Drain()
+	} else {
+		sl.Stop()
+	}
+}
+
+// Pid returns the process ID of the parent, in the parent and in its children. It is that of the
+// service: signals are sent to it, and it belongs in a PID file. In the parent, it is equal to
+// [os.Getpid]().
+func (p *Process) Pid() int { return p.system.pid() }
 
 // A signalError is the cause of a context that is done because of a signal.
 type signalError struct{ os.Signal }

@@ -10,12 +10,11 @@ import (
 	"syscall"
 )
 
-// A process has no parent and no children here.
-type process struct{}
+// A system has no parent and no children here.
+type system struct{}
 
-func (*process) run(serve func(context.Context) error) error {
+func (*system) run(serve func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(signals)
@@ -27,12 +26,19 @@ func (*process) run(serve func(context.Context) error) error {
 	return serve(ctx)
 }
 
-func (*process) listen(network, address string) (*net.TCPListener, error) {
-	l, err := net.Listen(network, address)
+func (*system) listen(
+	config *net.ListenConfig, network, address string,
+) (*net.TCPListener, error) {
+	l, err := config.Listen(context.Background(), network, address)
 	if err != nil {
 		return nil, err
 	}
 	return l.(*net.TCPListener), nil
 }
 
-func (*process) ready() {}
+func (*system) ready() {}
+
+// drains: no other process has the socket.
+func (*system) drains(net.Addr) bool { return true }
+
+func (*system) pid() int { return os.Getpid() }

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -17,7 +21,8 @@ import (
 
 func TestRunReturnsTheErrorOfServe(t *testing.T) {
 	want := errors.New("some error")
-	assert.Equal(t, want, restart.Run(func(context.Context, *restart.Process) error { return want }))
+	err := restart.Run(func(context.Context, *restart.Process) error { return want })
+	assert.Equal(t, want, err)
 }
 
 func TestListenAndReadyWithoutAParent(t *testing.T) {
@@ -29,6 +34,50 @@ func TestListenAndReadyWithoutAParent(t *testing.T) {
 		p.Ready()
 		tcptest.RequireClient(t, tcptest.Dial(t, l), tcptest.Accept(l))
 		assert.NoError(t, ctx.Err())
+		return nil
+	}))
+}
+
+func TestPidIsThatOfTheOnlyProcess(t *testing.T) {
+	require.NoError(t, restart.Run(func(_ context.Context, p *restart.Process) error {
+		assert.Equal(t, os.Getpid(), p.Pid())
+		return nil
+	}))
+}
+
+// The context is not done, so on Unix the sockets are not drained.
+func TestStopStopsEachListener(t *testing.T) {
+	require.NoError(t, restart.Run(func(_ context.Context, p *restart.Process) error {
+		var calls sync.WaitGroup
+		for range 2 {
+			sl, err := p.Listen("tcp", "127.0.0.1:0")
+			require.NoError(t, err)
+			defer sl.Close()
+			accepted := tcptest.Accept(sl)
+			tcptest.AwaitAcceptors(t, 1)
+			for range 3 {
+				calls.Add(1)
+				go func() {
+					defer calls.Done()
+					p.Stop(sl)
+				}()
+			}
+			tcptest.RequireStopped(t, accepted, 1)
+			p.Stop(sl)
+		}
+		calls.Wait()
+		return nil
+	}))
+}
+
+func TestListenUsesListenConfig(t *testing.T) {
+	want := errors.New("some error")
+	require.NoError(t, restart.Run(func(_ context.Context, p *restart.Process) error {
+		p.ListenConfig.Control = func(string, string, syscall.RawConn) error { return want }
+		_, err := p.Listen("tcp", "127.0.0.1:0")
+		if runtime.GOOS != "plan9" && runtime.GOOS != "js" && runtime.GOOS != "wasip1" {
+			assert.ErrorIs(t, err, want)
+		}
 		return nil
 	}))
 }

@@ -3,14 +3,12 @@
 package restart_test
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,144 +21,15 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
-	"github.com/c2db162c/stoppablelistener/restart"
 )
-
-// timeoutEnv is the environment variable with the time in which a new process must be ready.
-const timeoutEnv = "STOPPABLELISTENER_TEST_READY_TIMEOUT"
-
-func init() {
-	if timeout, err := time.ParseDuration(os.Getenv(timeoutEnv)); err == nil {
-		restart.SetReadyTimeout(timeout)
-	}
-}
-
-// A service is a program that is installed and serves.
-type service struct {
-	*proctest.Program
-	proctest.Installation
-	parent proctest.Process
-	addrs  []string // at which it listens
-}
-
-// start starts a version of the program, which listens on a free port.
-func start(t testing.TB, version string) *service { return startOn(t, version, "tcp,127.0.0.1:0") }
-
-func startOn(t testing.TB, version string, addrs ...string) *service {
-	t.Helper()
-	installed := proctest.Install(t, version)
-	return startCommand(t, exec.Command(installed.Path, addrs...), installed, version)
-}
-
-// startCommand starts cmd, which runs a version of the program.
-func startCommand(t testing.TB, cmd *exec.Cmd, installed proctest.Installation, version string) *service {
-	t.Helper()
-	s := &service{Program: proctest.Start(t, cmd), Installation: installed}
-	s.parent = s.Next(t)
-	s.addrs = s.requireReady(t, version)
-	return s
-}
-
-// requireReady requires that version reports that it is ready, and returns where it listens.
-func (s *service) requireReady(t testing.TB, version string) (addrs []string) {
-	t.Helper()
-	name, _, _ := strings.Cut(version, ",")
-	line := s.Line(t)
-	require.Regexp(t, "^"+name+" ready", line, "standard error: %s", s.Errors(t))
-	return strings.Fields(line)[2:]
-}
-
-// signal sends sig to the parent.
-func (s *service) signal(t testing.TB, sig os.Signal) {
-	t.Helper()
-	require.NoError(t, s.parent.Signal(sig))
-}
-
-// install installs a version, and starts a restart.
-func (s *service) install(t testing.TB, version string) {
-	t.Helper()
-	s.Replace(t, version)
-	s.signal(t, syscall.SIGUSR2)
-}
-
-// restart replaces the process that serves, whose version is from, by one of version to.
-func (s *service) restart(t testing.TB, from, to string) proctest.Process {
-	t.Helper()
-	s.install(t, to)
-	child := s.Next(t)
-	require.Equal(t, s.addrs, s.requireReady(t, to), "addresses of the new process")
-	s.RequireLines(t, from+" stopped: user defined signal 2")
-	return child
-}
-
-// send sends a GET request.
-func (s *service) send(t testing.TB, path string) *httpclient.Conn {
-	t.Helper()
-	c := httpclient.Dial(t, s.addrs[0], nil)
-	c.Get(t, path)
-	return c
-}
-
-// get returns the body of the response to a GET request.
-func (s *service) get(t testing.TB, path string) string {
-	t.Helper()
-	return getFrom(t, s.addrs[0], path)
-}
-
-func getFrom(t testing.TB, addr, path string) string {
-	t.Helper()
-	c := httpclient.Dial(t, addr, nil)
-	defer c.Close()
-	c.Get(t, path)
-	_, body := c.Response(t)
-	return body
-}
-
-// A request is in flight until it is finished.
-type request struct{ *httpclient.Conn }
-
-// startRequest sends a request to the service and returns when that handles it.
-func (s *service) startRequest(t testing.TB) request {
-	t.Helper()
-	c := httpclient.Dial(t, s.addrs[0], nil)
-	c.StartPost(t, "/")
-	return request{c}
-}
-
-// finish finishes a request, whose response must come from that version.
-func (r request) finish(t testing.TB, version string) {
-	t.Helper()
-	r.Send(t, "x")
-	_, body := r.Response(t)
-	require.Equal(t, version, body)
-	r.Close()
-}
-
-// stop stops the service, which must exit with status 0 and leave no process.
-func (s *service) stop(t testing.TB, serving string) {
-	t.Helper()
-	s.signal(t, syscall.SIGTERM)
-	s.RequireLines(t, serving+" stopped: terminated")
-	s.RequireStatus(t, 0)
-	s.RequireNoProcess(t)
-}
-
-func requireRefused(t testing.TB, addr string) {
-	t.Helper()
-	tcptest.Await(t, "refusal of connections to "+addr, func() bool {
-		conn, err := net.DialTimeout("tcp", addr, time.Second)
-		if err == nil {
-			conn.Close()
-		}
-		return errors.Is(err, syscall.ECONNREFUSED)
-	})
-}
 
 // Restart
 
 func TestRestartsFailNoRequestUnderLoad(t *testing.T) {
 	t.Parallel()
-	loads := restartUnderLoad(t, tcptest.Rounds(30), func(n int) string { return fmt.Sprint("version-", n) })
+	loads := restartUnderLoad(t, tcptest.Rounds(30), func(n int) string {
+		return fmt.Sprint("version-", n)
+	})
 	for _, load := range loads {
 		load.RequireNoneFailed(t)
 	}
@@ -168,7 +37,9 @@ func TestRestartsFailNoRequestUnderLoad(t *testing.T) {
 
 // restartUnderLoad restarts a service while clients send requests without pause. The n-th
 // process has version(n).
-func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (loads []*httpload.Load) {
+func restartUnderLoad(
+	t testing.TB, restarts int, version func(n int) string,
+) (loads []*httpload.Load) {
 	s := start(t, version(0))
 	for _, keepAlive := range []bool{true, false} {
 		load := httpload.Start(t, "http://"+s.addrs[0], 8, httpload.Any, func() *http.Client {
@@ -181,13 +52,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (l
 		for _, load := range loads {
 			load.AwaitRequests(t, 100)
 		}
-		s.Replace(t, version(n+1))
-		s.signal(t, syscall.SIGUSR2)
-		child := s.Next(t)
-		require.Equal(t, version(n+1), child.Version)
-		require.Equal(t, s.addrs, s.requireReady(t, version(n+1)))
-		name, _, _ := strings.Cut(version(n), ",")
-		s.RequireLines(t, name+" stopped: user defined signal 2")
+		child := s.restart(t, version(n), version(n+1))
 		if n > 0 {
 			previous.AwaitExit(t)
 		}
@@ -197,8 +62,7 @@ func restartUnderLoad(t testing.TB, restarts int, version func(n int) string) (l
 		load.AwaitRequests(t, 100)
 		load.Stop()
 	}
-	name, _, _ := strings.Cut(version(restarts), ",")
-	s.stop(t, name)
+	s.stop(t, version(restarts))
 	require.Empty(t, s.Errors(t))
 	return loads
 }
@@ -227,46 +91,25 @@ func TestRestartsLeaveNoDescriptorsOpen(t *testing.T) {
 			ofParent, ofChild = descriptors(s.parent), descriptors(child)
 		}
 	}
-	tcptest.Await(t, fmt.Sprintf("close of descriptors; at most %d in the parent and %d in the child", ofParent, ofChild), func() bool {
+	what := fmt.Sprintf("close of descriptors; at most %d in the parent and %d in the child",
+		ofParent, ofChild)
+	tcptest.Await(t, what, func() bool {
 		return descriptors(s.parent) <= ofParent && descriptors(child) <= ofChild
 	})
 }
 
-func TestNewProcessHasArgumentsEnvironmentAndStandardStreams(t *testing.T) {
+func TestServingProcessServesUntilTheNewOneIsReady(t *testing.T) {
 	t.Parallel()
-	installed := proctest.Install(t, "1")
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	cmd.Env = append(os.Environ(), "TEST_VARIABLE=value")
-	stdin, err := cmd.StdinPipe()
-	require.NoError(t, err)
-	s := startCommand(t, cmd, installed, "1")
-	s.restart(t, "1", "2")
-	assert.Equal(t, fmt.Sprint(s.parent.Pid, cmd.Args[1:], "value"), s.get(t, "/process"))
-	_, err = io.WriteString(stdin, "a line\n")
-	require.NoError(t, err)
-	assert.Equal(t, "a line\n", s.get(t, "/stdin"))
-	s.get(t, "/stderr")
-	assert.Equal(t, "2 writes to standard error\n", s.Errors(t))
-	s.stop(t, "2") // standard output
-}
-
-func TestPreviousProcessServesUntilTheNewOneIsReady(t *testing.T) {
-	t.Parallel()
-	installed := proctest.Install(t, "1")
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	stdin, err := cmd.StdinPipe()
-	require.NoError(t, err)
-	s := startCommand(t, cmd, installed, "1")
+	s := start(t, "1")
 	for _, versions := range [][2]string{{"1", "2"}, {"2", "3"}} {
 		s.install(t, versions[1]+","+waits)
 		s.RequireLines(t, versions[1]+" waits")
 		for range 10 {
 			require.Equal(t, versions[0], s.get(t, "/"))
 		}
-		_, err = io.WriteString(stdin, "\n")
-		require.NoError(t, err)
+		s.enter(t, "")
 		s.requireReady(t, versions[1])
-		s.RequireLines(t, versions[0]+" stopped: user defined signal 2")
+		s.RequireLines(t, versions[0]+" replaced: user defined signal 2")
 		require.Equal(t, versions[1], s.get(t, "/"))
 	}
 }
@@ -277,46 +120,45 @@ func TestFailedRestartsChangeNothing(t *testing.T) {
 	load := httpload.Start(t, "http://"+s.addrs[0], 2, "1", func() *http.Client {
 		return httpclient.NewClient(nil, false, true)
 	})
-	want := 0
-	requireReport := func(text string) {
-		t.Helper()
-		want++
-		tcptest.Await(t, "line on standard error", func() bool { return strings.Count(s.Errors(t), "\n") == want })
-		line := strings.Split(s.Errors(t), "\n")[want-1]
-		require.Regexp(t, "^restart: not restarted: .*"+text, line)
-		load.AwaitRequests(t, 10)
-	}
 	s.install(t, "2,"+exits)
 	s.Next(t).AwaitExit(t)
-	requireReport("process [0-9]* exited before it was ready: exit status 3")
+	s.awaitReport(t, 1, "restart: not restarted: "+
+		"process [0-9]+ exited before it was ready: exit status 3")
+	load.AwaitRequests(t, 10)
 	s.ReplaceText(t, "neither a script nor a binary")
 	s.signal(t, syscall.SIGUSR2)
-	requireReport("exec format error")
+	s.awaitReport(t, 2, "restart: not restarted: .*exec format error")
+	load.AwaitRequests(t, 10)
 	require.NoError(t, os.Remove(s.Path))
 	s.signal(t, syscall.SIGUSR2)
-	requireReport("no such file")
+	s.awaitReport(t, 3, "restart: not restarted: .*no such file.*")
+	load.AwaitRequests(t, 10)
 	load.RequireNoneFailed(t)
 
 	s.restart(t, "1", "2")
 	s.stop(t, "2")
 }
 
+// The timeout may be over before the new process has reported its start to the test.
 func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
 	t.Parallel()
-	installed := proctest.Install(t, "1")
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	cmd.Env = append(os.Environ(), timeoutEnv+"=300ms")
-	s := startCommand(t, cmd, installed, "1")
-	want := ""
-	for range 2 {
+	s := start(t, "1", with(readyTimeoutEnv+"=300ms"))
+	for n := range 2 {
 		s.install(t, "2,"+hangs)
-		hanging := s.Next(t)
-		hanging.AwaitExit(t)
-		want += fmt.Sprintf("restart: not restarted: process %d was not ready within 300ms\n", hanging.Pid)
-		tcptest.Await(t, "line on standard error", func() bool { return s.Errors(t) == want })
+		s.awaitReport(t, n+1,
+			"restart: not restarted: process [0-9]+ was not ready within 300ms")
+		var pid int
+		_, err := fmt.Sscanf(strings.Split(s.Errors(t), "\n")[n],
+			"restart: not restarted: process %d", &pid)
+		require.NoError(t, err)
+		tcptest.Await(t, fmt.Sprint("exit of process ", pid), func() bool {
+			return syscall.Kill(pid, 0) == syscall.ESRCH
+		})
 		require.Equal(t, "1", s.get(t, "/"))
 	}
-	s.stop(t, "1")
+	s.signal(t, syscall.SIGTERM)
+	s.RequireStatus(t, 0)
+	assert.Equal(t, 2, strings.Count(s.Errors(t), "\n"), "lines on standard error")
 }
 
 func TestRestartWhileTheLastOneIsNotComplete(t *testing.T) {
@@ -327,26 +169,20 @@ func TestRestartWhileTheLastOneIsNotComplete(t *testing.T) {
 	second := s.startRequest(t)
 	s.restart(t, "2", "3")
 	require.Equal(t, "3", s.get(t, "/"))
-	first.finish(t, "1")
-	second.finish(t, "2")
+	first.Finish(t, "1")
+	second.Finish(t, "2")
 	s.stop(t, "3")
 }
 
-func TestRestartWaitsUntilTheFirstProcessIsReady(t *testing.T) {
+func TestRestartWaitsUntilTheParentIsReady(t *testing.T) {
 	t.Parallel()
-	installed := proctest.Install(t, "1,"+waits)
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	stdin, err := cmd.StdinPipe()
-	require.NoError(t, err)
-	s := &service{Program: proctest.Start(t, cmd), Installation: installed}
-	s.parent = s.Next(t)
+	s := launch(t, "1,"+waits)
 	s.RequireLines(t, "1 waits")
 	s.install(t, "2")
-	_, err = io.WriteString(stdin, "\n")
-	require.NoError(t, err)
+	s.enter(t, "")
 	s.addrs = s.requireReady(t, "1")
 	require.Equal(t, s.addrs, s.requireReady(t, "2"), "addresses of the new process")
-	s.RequireLines(t, "1 stopped: user defined signal 2")
+	s.RequireLines(t, "1 replaced: user defined signal 2")
 	s.stop(t, "2")
 }
 
@@ -362,9 +198,8 @@ func TestNoRestartAfterStop(t *testing.T) {
 		assert.Fail(t, "another process has started")
 	case <-time.After(300 * time.Millisecond):
 	}
-	inFlight.finish(t, "1")
-	s.RequireStatus(t, 0)
-	s.RequireNoProcess(t)
+	inFlight.Finish(t, "1")
+	s.requireExit(t)
 	assert.Empty(t, s.Errors(t))
 }
 
@@ -377,40 +212,218 @@ func TestChildrenIgnoreSIGUSR2(t *testing.T) {
 	s.stop(t, "2")
 }
 
-// The error is that of the first process, and then that of a child.
+// The error is that of the parent, and then that of a child.
 func TestErrorsOfServeAfterARestart(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1,"+fails)
 	s.restart(t, "1", "2,"+fails)
-	tcptest.Await(t, "error of the first process", func() bool { return s.Errors(t) == "restart: serve fails\n" })
+	s.awaitReport(t, 1, "restart: serve fails") // of the parent
 	child := s.restart(t, "2", "3")
-	tcptest.Await(t, "error of the second process", func() bool {
-		return s.Errors(t) == "restart: serve fails\nserve fails\n"
-	})
+	s.awaitReport(t, 2, "serve fails")
 	require.NoError(t, child.Signal(syscall.Signal(0)), "the third process is not running")
 	require.Equal(t, "3", s.get(t, "/"))
 	s.stop(t, "3")
 }
 
+// The parent is killed so that the socket is not drained, which would refuse connections too.
 func TestHelperProcessesDoNotInheritSockets(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
 	s.install(t, "2,"+helper)
-	var pid int
-	_, err := fmt.Sscanf(s.Line(t), "helper %d", &pid)
-	require.NoError(t, err)
-	killHelper(t, pid)
+	pid := s.requireHelper(t)
 	s.requireReady(t, "2")
-	s.RequireLines(t, "1 stopped: user defined signal 2")
-	s.signal(t, syscall.SIGTERM)
-	s.RequireStatus(t, 0)
-	requireRefused(t, s.addrs[0])
+	s.RequireLines(t, "1 replaced: user defined signal 2")
+	require.NoError(t, s.parent.Kill())
+	s.RequireLines(t, "2 stopped: parent process exited")
+	httpclient.AwaitRefused(t, s.addrs[0])
 	require.NoError(t, syscall.Kill(pid, 0), "the helper is not running")
 }
 
-// killHelper kills a helper when the test ends.
-func killHelper(t testing.TB, pid int) {
-	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGKILL) })
+// It leaves a process that has inherited its end of the link.
+func TestExitOfANewProcessIsReportedWhileItsLinkIsOpen(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.ReplaceText(t, "#!/bin/sh\nsleep 60 &\necho helper $!\nexit 3\n")
+	s.signal(t, syscall.SIGUSR2)
+	s.requireHelper(t)
+	s.awaitReport(t, 1, "restart: not restarted: "+
+		"process [0-9]+ exited before it was ready: exit status 3")
+	s.restart(t, "1", "2")
+}
+
+// If the parent has no descriptor free, it cannot receive the sockets of the new process.
+func TestNewProcessWhoseSocketsCannotBeReceivedShutsDown(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	kept := httpclient.Dial(t, s.addrs[0], nil)
+	inFlight := s.startRequest(t)
+	s.install(t, "2,"+waits)
+	child := s.Next(t)
+	s.RequireLines(t, "2 waits")
+	kept.Get(t, "/limit")
+	kept.Response(t)
+	s.enter(t, "")
+	s.requireReady(t, "2")
+	s.awaitReport(t, 1,
+		"restart: not restarted: process [0-9]+: recvmsg: too many open files")
+	s.RequireLines(t, "2 replaced: user defined signal 2")
+	child.AwaitExit(t)
+
+	kept.Get(t, "/no-limit")
+	kept.Response(t)
+	kept.Close()
+	inFlight.Finish(t, "1")
+	require.Equal(t, "1", s.get(t, "/"))
+	s.restart(t, "1", "3")
+	s.stop(t, "3")
+	assert.Equal(t, 1, strings.Count(s.Errors(t), "\n"), "lines on standard error")
+}
+
+func TestReportsArePrintedWithPackageLog(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+logs+","+fails)
+	s.install(t, "2,"+exits)
+	assert.Regexp(t, "^restart: not restarted: process [0-9]+ exited before", s.Line(t))
+	s.Next(t)
+	s.restart(t, "1", "2")
+	s.RequireLines(t, "restart: serve fails")
+	s.stop(t, "2")
+	assert.Empty(t, s.Errors(t))
+}
+
+// ctx is done because the new process has been signaled.
+func TestReadyDoesNothingOnceTheContextIsDone(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.install(t, "2,"+isLate)
+	child := s.Next(t)
+	s.RequireLines(t, "2 waits")
+	require.NoError(t, child.Signal(syscall.SIGTERM))
+	s.requireReady(t, "2")
+	s.RequireLines(t, "2 stopped: terminated")
+	s.awaitReport(t, 1, "restart: not restarted: "+
+		"process [0-9]+ exited before it was ready: exit status 0")
+	require.Equal(t, "1", s.get(t, "/"))
+	s.restart(t, "1", "3")
+	s.stop(t, "3")
+}
+
+func TestPidIsThatOfTheParent(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	for n := 1; n < 4; n++ {
+		require.Equal(t, fmt.Sprint(s.parent.Pid), s.get(t, "/pid"))
+		s.restart(t, fmt.Sprint(n), fmt.Sprint(n+1))
+	}
+}
+
+// Signals for the serving process
+
+func TestSignalsArePassedOnToTheServingProcess(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.install(t, "2,"+exits) // does not serve
+	s.Next(t).AwaitExit(t)
+	for n := 2; n < 4; n++ {
+		s.restart(t, fmt.Sprint(n-1), fmt.Sprint(n, ",", signals))
+		s.signal(t, syscall.SIGHUP)
+		s.RequireLines(t, fmt.Sprint(n, " received: hangup"))
+		s.signal(t, syscall.SIGUSR1)
+		s.RequireLines(t, fmt.Sprint(n, " received: user defined signal 1"))
+	}
+	s.stop(t, "3")
+}
+
+func TestSignalsHaveTheirEffectBeforeTheFirstRestart(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.install(t, "2,"+exits)
+	s.Next(t).AwaitExit(t)
+	s.awaitReport(t, 1, "restart: not restarted: .*")
+	s.signal(t, syscall.SIGHUP)
+	s.RequireStatus(t, -1)
+	assert.Equal(t, "signal: hangup", s.ProcessState.String())
+}
+
+// As with nohup. The second child would not ignore it if the parent were notified of it.
+func TestHangupThatIsIgnoredIsNotPassedOn(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1", throughShell(`trap "" HUP; exec "$@"`))
+	s.restart(t, "1", "2")
+	child := s.restart(t, "2", "3")
+	s.signal(t, syscall.SIGHUP)
+	require.NoError(t, child.Signal(syscall.SIGHUP))
+	require.Equal(t, "3", s.get(t, "/"))
+	s.stop(t, "3")
+}
+
+// SIGCHLD
+
+func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
+	for _, feature := range []string{ignoresCHLD, reaps} {
+		t.Run(feature, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "1,"+feature)
+			s.install(t, "2,"+exits)
+			s.awaitReport(t, 1, "restart: not restarted: "+
+				"process [0-9]+ exited before it was ready: (unknown status|exit status 3)")
+			s.Next(t)
+			s.restart(t, "1", "2")
+			s.restart(t, "2", "3")
+			s.stop(t, "3")
+		})
+	}
+}
+
+// Package os clones the process when the first process handle is used. In a process group that
+// is signaled, the clone would pass its signal on.
+func TestNoProcessIsClonedOnceServeIsCalled(t *testing.T) {
+	t.Parallel()
+	s := launch(t, "1,"+clones)
+	s.RequireLines(t, "1 clones: false")
+}
+
+// Child processes without a parent
+
+func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
+	for name, pass := range map[string]func(t *testing.T, cmd *exec.Cmd){
+		"no descriptor": func(*testing.T, *exec.Cmd) {},
+		"file": func(t *testing.T, cmd *exec.Cmd) {
+			file, err := os.Open(os.DevNull)
+			require.NoError(t, err)
+			cmd.ExtraFiles = []*os.File{file}
+		},
+		"other socket": func(t *testing.T, cmd *exec.Cmd) { passFiles(t, cmd, tcptest.Listen(t)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := launch(t, "1", with("STOPPABLELISTENER_RESTART="),
+				func(cmd *exec.Cmd) { pass(t, cmd) })
+			s.RequireStatus(t, 1)
+			assert.Equal(t, "restart: descriptor 3 is not a link\n", s.Errors(t))
+		})
+	}
+}
+
+func TestNewProcessExitsWithItsParent(t *testing.T) {
+	for _, feature := range []string{hangs, waits} { // before Run, and before Ready
+		t.Run(feature, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "1")
+			s.restart(t, "1", "2")
+			s.install(t, "3,"+feature)
+			child := s.Next(t)
+			s.RequireLines(t, "3 "+feature)
+			require.NoError(t, s.parent.Kill())
+			s.RequireLines(t, "2 stopped: parent process exited")
+			child.AwaitExit(t)
+			s.RequireNoProcess(t)
+			s.awaitReport(t, 1, fmt.Sprintf(
+				"restart: parent process exited before process %d was ready", child.Pid))
+			again := start(t, "1", on("tcp,"+s.addrs[0]))
+			again.stop(t, "1")
+		})
+	}
 }
 
 // Stop
@@ -429,10 +442,9 @@ func TestSignalStopsTheService(t *testing.T) {
 				inFlight := s.startRequest(t)
 				s.signal(t, sig)
 				s.RequireLines(t, serving+" stopped: "+sig.String())
-				requireRefused(t, s.addrs[0])
-				inFlight.finish(t, serving)
-				s.RequireStatus(t, 0)
-				s.RequireNoProcess(t)
+				httpclient.AwaitRefused(t, s.addrs[0])
+				inFlight.Finish(t, serving)
+				s.requireExit(t)
 				assert.Empty(t, s.Errors(t))
 			})
 		}
@@ -459,47 +471,45 @@ func TestErrorOfServeIsThatOfTheService(t *testing.T) {
 // As after Ctrl+C: the signal reaches the parent and its children.
 func TestSignalOfTheWholeGroupCountsOnce(t *testing.T) {
 	t.Parallel()
-	s := startGroup(t)
+	s := start(t, "1", inGroup)
 	first := s.startRequest(t)
 	s.restart(t, "1", "2")
 	second := s.startRequest(t)
 	require.NoError(t, syscall.Kill(-s.parent.Pid, syscall.SIGINT))
 	s.RequireLines(t, "2 stopped: interrupt")
-	first.finish(t, "1")
-	second.finish(t, "2")
-	s.RequireStatus(t, 0)
-	s.RequireNoProcess(t)
-}
-
-// startGroup starts a service with a process group of its own.
-func startGroup(t testing.TB) *service {
-	installed := proctest.Install(t, "1")
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	return startCommand(t, cmd, installed, "1")
+	first.Finish(t, "1")
+	second.Finish(t, "2")
+	s.requireExit(t)
 }
 
 // The service is stopped at some point of its first restart, while a request is in flight.
 func TestSignalDuringARestartStopsTheService(t *testing.T) {
+	const workers = 5
 	for name, target := range map[string]int{"process": 1, "group": -1} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			for round := range tcptest.Rounds(40) {
-				s := startGroup(t)
-				inFlight := s.startRequest(t)
-				s.signal(t, syscall.SIGUSR2)
-				// The first half millisecond has more steps than the rest. A sleep is not as exact.
-				delay := rand.N([]time.Duration{time.Millisecond / 2, 12 * time.Millisecond}[round%2])
-				for start := time.Now(); time.Since(start) < delay; {
+		for range workers {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				for round := range tcptest.Rounds(40) / workers {
+					signalDuringRestart(t, target, round)
 				}
-				require.NoError(t, syscall.Kill(target*s.parent.Pid, syscall.SIGTERM))
-				requireRefused(t, s.addrs[0])
-				inFlight.finish(t, "1")
-				s.RequireStatus(t, 0)
-				for line := ""; line != "EOF"; line = s.Line(t) { // no process is left
-				}
-			}
-		})
+			})
+		}
+	}
+}
+
+func signalDuringRestart(t *testing.T, target, round int) {
+	s := start(t, "1", inGroup)
+	inFlight := s.startRequest(t)
+	s.signal(t, syscall.SIGUSR2)
+	// The first half millisecond has more steps than the rest. A sleep is not as exact.
+	delay := rand.N([]time.Duration{time.Millisecond / 2, 12 * time.Millisecond}[round%2])
+	for start := time.Now(); time.Since(start) < delay; {
+	}
+	require.NoError(t, syscall.Kill(target*s.parent.Pid, syscall.SIGTERM))
+	httpclient.AwaitRefused(t, s.addrs[0])
+	inFlight.Finish(t, "1")
+	s.RequireStatus(t, 0)
+	for line := ""; line != "EOF"; line = s.Line(t) { // no process is left
 	}
 }
 
@@ -508,7 +518,7 @@ func TestSecondSignalKillsAllProcesses(t *testing.T) {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
 			t.Parallel()
 			s := start(t, "1")
-			inFlight := []request{s.startRequest(t)}
+			inFlight := []*httpclient.Conn{s.startRequest(t)}
 			serving := "1"
 			if restarted {
 				s.restart(t, "1", "2")
@@ -533,9 +543,29 @@ func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 	s := start(t, "1")
 	s.install(t, "2,"+hangs)
 	hanging := s.Next(t)
+	s.RequireLines(t, "2 hangs")
 	s.stop(t, "1")
 	hanging.AwaitExit(t)
 	assert.Empty(t, s.Errors(t))
+}
+
+// It may have called Ready at that moment, and would wait for word. Here, it is a script, which
+// prints the parent's word.
+func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.ReplaceText(t, `#!/bin/sh
+		trap "" TERM
+		echo 2 waits
+		echo 2 received: $(od -An -tu1 -N1 <&3)
+	`)
+	s.signal(t, syscall.SIGUSR2)
+	s.RequireLines(t, "2 waits")
+	s.signal(t, syscall.SIGINT)
+	lines := []string{s.Line(t), s.Line(t)}
+	slices.Sort(lines)
+	require.Equal(t, []string{"1 stopped: interrupt", "2 received: 2"}, lines)
+	s.requireExit(t)
 }
 
 func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
@@ -552,7 +582,9 @@ func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
 			1, "^serve fails\nrestart: process [0-9]+: exit status 4\n$",
 		},
 		"it is killed": {
-			func(t *testing.T, _ *service, child proctest.Process) { require.NoError(t, child.Kill()) },
+			func(t *testing.T, _ *service, child proctest.Process) {
+				require.NoError(t, child.Kill())
+			},
 			1, "^restart: process [0-9]+: signal: killed\n$",
 		},
 	} {
@@ -564,9 +596,23 @@ func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
 			s.RequireStatus(t, tt.status)
 			s.RequireNoProcess(t)
 			assert.Regexp(t, tt.stderr, s.Errors(t))
-			requireRefused(t, s.addrs[0])
+			httpclient.AwaitRefused(t, s.addrs[0])
 		})
 	}
+}
+
+// The parent waits for the old process, and keeps no socket open that nothing serves.
+func TestConnectionsAreRefusedOnceTheServingChildHasExited(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.restart(t, "1", "2")
+	inFlight := s.startRequest(t)
+	child := s.restart(t, "2", "3")
+	require.NoError(t, child.Kill())
+	httpclient.AwaitRefused(t, s.addrs[0])
+	inFlight.Finish(t, "2")
+	s.RequireStatus(t, 1)
+	s.RequireNoProcess(t)
 }
 
 func TestChildrenShutDownGracefullyWhenTheParentIsKilled(t *testing.T) {
@@ -576,21 +622,29 @@ func TestChildrenShutDownGracefullyWhenTheParentIsKilled(t *testing.T) {
 	inFlight := s.startRequest(t)
 	require.NoError(t, s.parent.Kill())
 	s.RequireLines(t, "2 stopped: parent process exited")
-	requireRefused(t, s.addrs[0])
-	inFlight.finish(t, "2")
+	httpclient.AwaitRefused(t, s.addrs[0])
+	inFlight.Finish(t, "2")
 	s.RequireNoProcess(t)
+}
+
+func TestSignalAfterRunHasItsEffect(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+lingers)
+	s.signal(t, syscall.SIGTERM)
+	s.RequireLines(t, "1 stopped: terminated", "1 lingers")
+	s.signal(t, syscall.SIGTERM)
+	s.RequireStatus(t, -1)
+	assert.Equal(t, "signal: terminated", s.ProcessState.String())
 }
 
 // As in "program | tee log" after Ctrl+C, when tee has exited.
 func TestWritesToAClosedPipeDoNotKillTheProcess(t *testing.T) {
 	t.Parallel()
-	installed := proctest.Install(t, "1")
-	cmd := exec.Command(installed.Path, "tcp,127.0.0.1:0")
-	s := startCommand(t, cmd, installed, "1")
+	s := start(t, "1")
 	inFlight := s.startRequest(t)
 	s.CloseOutput(t)
 	s.signal(t, syscall.SIGINT)
-	requireRefused(t, s.addrs[0])
-	inFlight.finish(t, "1")
+	httpclient.AwaitRefused(t, s.addrs[0])
+	inFlight.Finish(t, "1")
 	s.RequireStatus(t, 0)
 }

@@ -3,9 +3,7 @@
 package restart
 
 import (
-	"bytes"
-	"errors"
-	"fmt"
+	"context"
 	"net"
 	"os"
 	"slices"
@@ -17,99 +15,66 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/socket"
 )
 
-// The protocol between a parent and its child, which must not change: the parent runs an
-// older version of this package than its children.
-//
-// A child is started with one end of a socket pair, the link, as descriptor 3, and with the
-// listening sockets as the descriptors after it. Their names, each followed by a newline,
-// are in the environment variable socketsEnv. When the child is ready, it sends its own
-// sockets, each as name, newline and descriptor, and then another newline. To stop the
-// child, the parent sends the number of a signal as one byte, and closes its end.
-const (
-	socketsEnv = "STOPPABLELISTENER_RESTART"
-	linkFD     = 3
-)
-
-// passedNames are the names of the sockets that the parent has passed to this process; nil
-// if there is no parent.
-var passedNames []string
-
-// Before main, so that a process which main starts inherits neither the sockets nor the
-// variable.
-func init() {
-	value, ok := os.LookupEnv(socketsEnv)
-	if !ok {
-		closeOnExec(activated())
-		return
-	}
-	_ = os.Unsetenv(socketsEnv)
-	passedNames = lines(value)
-	closeOnExec(1 + len(passedNames))
-}
-
-// closeOnExec sets close-on-exec for n descriptors from linkFD on.
-func closeOnExec(n int) {
-	for i := range n {
-		syscall.CloseOnExec(linkFD + i)
-	}
-}
-
-// process is a process with a parent, or the first one.
-type process struct {
-	link      *net.UnixConn // to the parent; nil in the first process
-	readyOnce sync.Once
-	isReady   chan struct{} // no values sent; closed by Ready
+// sockets are the listening sockets of this process.
+type sockets struct {
+	activated []string // addresses of those that come from socket activation
+	noDrain   bool     // each may come from there
 
 	mu        sync.Mutex  // guards the fields below
 	inherited []inherited // not returned by Listen yet
-	held      []held      // for the child, or to be sent to the parent
+	sealed    bool        // Listen holds no more
+	held      []held      // returned by Listen, here or in the serving process
 }
 
-// An inherited listener has the name that the parent has for it; none if it comes from
-// socket activation.
+// An inherited listener has the name that it has in the parent; none if it comes from socket
+// activation.
 type inherited struct {
 	name string
 	*net.TCPListener
 }
 
-// A held socket is a duplicate of one that Listen has returned here or in a child. It is a
-// plain descriptor, because files are added to the network poller, which would wake this
-// process for each connection that another one accepts.
+// A held socket is a duplicate of one that Listen has returned here or in a child. It is a plain
+// descriptor, because files are added to the network poller, which would wake this process for
+// each connection that another one accepts.
 type held struct {
 	name string // network and address, as passed to Listen
 	fd   int
 }
 
-// inherit takes over what this process has been started with.
-func (p *process) inherit() error {
-	p.isReady = make(chan struct{})
-	fd, names := linkFD, passedNames
-	if names == nil {
-		names = make([]string, activated())
-		for _, key := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
-			_ = os.Unsetenv(key)
-		}
-	} else {
-		link, err := unixConn(fd)
-		if err != nil {
-			return err
-		}
-		p.link = link
-		fd++
+// inherit takes the sockets that this process was started with.
+func (s *sockets) inherit() {
+	if passed.parent == nil {
+		s.inheritActivated()
+		return
 	}
-	for i, name := range names {
-		l, err := fileListener(fd + i)
-		if tcp, ok := l.(*net.TCPListener); ok {
-			p.inherited = append(p.inherited, inherited{name, tcp})
-		} else if err == nil {
-			_ = l.Close() // socket activation passes other sockets too
+	s.activated, s.noDrain = passed.activated, passed.noDrain
+	for i, name := range passed.names {
+		if l := tcpListener(linkFD + 1 + i); l != nil {
+			s.inherited = append(s.inherited, inherited{name, l})
 		}
 	}
-	return nil
 }
 
-// activated returns how many descriptors socket activation has passed to this process; see
-// sd_listen_fds(3).
+// inheritActivated takes the sockets of socket activation, unless main has taken them.
+func (s *sockets) inheritActivated() {
+	if activated() > 0 {
+		for _, fd := range passed.activation {
+			if l := tcpListener(fd); l != nil {
+				s.inherited = append(s.inherited, inherited{"", l})
+				s.activated = append(s.activated, l.Addr().String())
+			}
+		}
+	}
+	passed.activation = nil
+	for _, key := range activationEnv {
+		_ = os.Unsetenv(key)
+	}
+}
+
+// activationEnv are the environment variables of socket activation; see sd_listen_fds(3).
+var activationEnv = []string{"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+
+// activated returns how many descriptors socket activation has passed to this process.
 func activated() int {
 	if os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
 		return 0
@@ -118,18 +83,62 @@ func activated() int {
 	return max(n, 0)
 }
 
-func (p *process) listen(network, address string) (*net.TCPListener, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	l := p.takeInherited(network, address)
+// activatedSockets returns the sockets that socket activation has passed to this process, and
+// sets close-on-exec for all that it has passed.
+func activatedSockets() (sockets []int) {
+	for fd := linkFD; fd < linkFD+activated() && isOpen(fd); fd++ {
+		syscall.CloseOnExec(fd)
+		if isSocket(fd) {
+			sockets = append(sockets, fd)
+		}
+	}
+	return sockets
+}
+
+func isOpen(fd int) bool {
+	_, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
+	return err != syscall.EBADF
+}
+
+func isSocket(fd int) bool {
+	_, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
+	return err == nil
+}
+
+// tcpListener returns a listener that replaces fd, a socket. If that does not listen, or not for
+// TCP, it closes fd and returns nil.
+func tcpListener(fd int) *net.TCPListener {
+	file := os.NewFile(uintptr(fd), "socket")
+	defer file.Close()
+	listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
+	if err != nil || listens == 0 { // net.FileListener does not check that
+		return nil
+	}
+	l, err := net.FileListener(file)
+	if err != nil {
+		return nil
+	}
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		_ = l.Close()
+	}
+	return tcp
+}
+
+func (s *sockets) listen(
+	config *net.ListenConfig, network, address string,
+) (*net.TCPListener, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.takeInherited(network, address)
 	if l == nil {
-		created, err := net.Listen(network, address)
+		created, err := config.Listen(context.Background(), network, address)
 		if err != nil {
 			return nil, err
 		}
 		l = created.(*net.TCPListener)
 	}
-	if closed(p.isReady) {
+	if s.sealed {
 		return l, nil
 	}
 	fd, err := socket.DupConn(l)
@@ -137,21 +146,25 @@ func (p *process) listen(network, address string) (*net.TCPListener, error) {
 		_ = l.Close()
 		return nil, err
 	}
-	p.held = append(p.held, held{network + " " + address, fd})
+	s.held = append(s.held, held{network + " " + address, fd})
 	return l, nil
 }
 
 // takeInherited returns the inherited listener for an address, and nil if there is none.
-func (p *process) takeInherited(network, address string) *net.TCPListener {
-	i := slices.IndexFunc(p.inherited, func(l inherited) bool { return l.name == network+" "+address })
+func (s *sockets) takeInherited(network, address string) *net.TCPListener {
+	i := slices.IndexFunc(s.inherited, func(l inherited) bool {
+		return l.name == network+" "+address
+	})
 	if addr, err := net.ResolveTCPAddr(network, address); i < 0 && err == nil {
-		i = slices.IndexFunc(p.inherited, func(l inherited) bool { return l.boundTo(network, addr) })
+		i = slices.IndexFunc(s.inherited, func(l inherited) bool {
+			return l.boundTo(network, addr)
+		})
 	}
 	if i < 0 {
-		return nil // net.Listen reports the error, if any
+		return nil // ListenConfig.Listen reports the error, if any
 	}
-	l := p.inherited[i].TCPListener
-	p.inherited = slices.Delete(p.inherited, i, i+1)
+	l := s.inherited[i].TCPListener
+	s.inherited = slices.Delete(s.inherited, i, i+1)
 	return l
 }
 
@@ -160,150 +173,66 @@ func (l inherited) boundTo(network string, addr *net.TCPAddr) bool {
 	bound := l.Addr().(*net.TCPAddr)
 	isIPv4 := bound.IP.To4() != nil
 	switch {
+	case bound.Port != addr.Port:
+		return false
+	case !bound.IP.IsUnspecified():
+		return bound.IP.Equal(addr.IP) && bound.Zone == addr.Zone
 	case l.name != "" && !strings.HasPrefix(l.name, network+" "),
 		network == "tcp4" && !isIPv4,
 		network == "tcp6" && isIPv4:
 		return false
 	}
-	sameIP := bound.IP.Equal(addr.IP) && bound.Zone == addr.Zone ||
-		bound.IP.IsUnspecified() && (addr.IP == nil || addr.IP.IsUnspecified())
-	return sameIP && bound.Port == addr.Port
+	return addr.IP == nil || addr.IP.IsUnspecified()
 }
 
-func (p *process) ready() {
-	p.readyOnce.Do(func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		for _, l := range p.inherited {
-			_ = l.Close()
+// mayBeActivated reports whether the socket with this address may come from socket activation.
+func (s *sockets) mayBeActivated(addr net.Addr) bool {
+	return s.noDrain || slices.Contains(s.activated, addr.String())
+}
+
+// seal closes the inherited sockets that Listen has not returned. Listen holds no more.
+func (s *sockets) seal() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range s.inherited {
+		_ = l.Close()
+	}
+	s.inherited, s.sealed = nil, true
+}
+
+// files returns duplicates of the held sockets, with their names.
+func (s *sockets) files() (files []*os.File, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.held {
+		fd, err := socket.Dup(h.fd)
+		if err != nil {
+			return files, err
 		}
-		p.inherited = nil
-		close(p.isReady)
-		if p.link != nil {
-			_ = send(p.link, p.held) // fails if the parent has exited, of which run learns too
-			closeAll(p.held)
-			p.held = nil
-		}
-	})
+		files = append(files, os.NewFile(uintptr(fd), h.name))
+	}
+	return files, nil
+}
+
+// take returns the held sockets, which are not held any more.
+func (s *sockets) take() []held {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	taken := s.held
+	s.held = nil
+	return taken
+}
+
+// replace closes the held sockets, and holds others.
+func (s *sockets) replace(sockets []held) {
+	closeAll(s.take())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = sockets
 }
 
 func closeAll(sockets []held) {
-	for _, s := range sockets {
-		_ = syscall.Close(s.fd)
-	}
-}
-
-func send(link *net.UnixConn, sockets []held) error {
-	for _, s := range sockets {
-		if _, _, err := link.WriteMsgUnix([]byte(s.name+"\n"), syscall.UnixRights(s.fd), nil); err != nil {
-			return err
-		}
-	}
-	_, err := link.Write([]byte("\n"))
-	return err
-}
-
-// receive returns the sockets that a child sends when it is ready.
-func receive(link *net.UnixConn) ([]held, error) {
-	var fds []int
-	text, err := receiveAll(link, &fds)
-	names := lines(text)
-	if err == nil && len(names) != len(fds) {
-		err = fmt.Errorf("%d descriptors for %d sockets", len(fds), len(names))
-	}
-	if err != nil {
-		for _, fd := range fds {
-			_ = syscall.Close(fd)
-		}
-		return nil, err
-	}
-	sockets := make([]held, len(fds))
-	for i, fd := range fds {
-		sockets[i] = held{names[i], fd}
-	}
-	return sockets, nil
-}
-
-// receiveAll receives text up to an empty line, and appends the descriptors that come with it
-// to fds.
-func receiveAll(link *net.UnixConn, fds *[]int) (string, error) {
-	text := []byte("\n") // so that text ends with an empty line even if there is no socket
-	data, oob := make([]byte, 4096), make([]byte, 4096)
-	for !bytes.HasSuffix(text, []byte("\n\n")) {
-		n, oobn, _, _, err := link.ReadMsgUnix(data, oob)
-		if err != nil {
-			return "", err
-		}
-		text = append(text, data[:n]...)
-		messages, err := syscall.ParseSocketControlMessage(oob[:oobn])
-		if err != nil {
-			return "", err
-		}
-		for _, m := range messages {
-			rights, err := syscall.ParseUnixRights(&m)
-			if err != nil {
-				return "", err
-			}
-			*fds = append(*fds, rights...)
-		}
-	}
-	return string(text), nil
-}
-
-// lines returns the lines of text that are not empty. It is never nil.
-func lines(text string) []string {
-	return strings.FieldsFunc(text, func(r rune) bool { return r == '\n' })
-}
-
-// socketPair returns both ends of a link: that of the parent and that of the child.
-func socketPair() (*net.UnixConn, *os.File, error) {
-	syscall.ForkLock.RLock()
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	if err == nil {
-		syscall.CloseOnExec(fds[0])
-		syscall.CloseOnExec(fds[1])
-	}
-	syscall.ForkLock.RUnlock()
-	if err != nil {
-		return nil, nil, os.NewSyscallError("socketpair", err)
-	}
-	file := os.NewFile(uintptr(fds[1]), "link")
-	link, err := unixConn(fds[0])
-	if err != nil {
-		_ = file.Close()
-		return nil, nil, err
-	}
-	return link, file, nil
-}
-
-// unixConn returns a connection that replaces fd.
-func unixConn(fd int) (*net.UnixConn, error) {
-	file := os.NewFile(uintptr(fd), "link")
-	defer file.Close()
-	conn, err := net.FileConn(file)
-	if err != nil {
-		return nil, err
-	}
-	link, ok := conn.(*net.UnixConn)
-	if !ok {
-		_ = conn.Close()
-		return nil, errors.New("restart: descriptor 3 is not a link")
-	}
-	return link, nil
-}
-
-// fileListener returns a listener that replaces fd.
-func fileListener(fd int) (net.Listener, error) {
-	file := os.NewFile(uintptr(fd), "socket")
-	defer file.Close()
-	return net.FileListener(file)
-}
-
-func closed(ch <-chan struct{}) bool {
-	select {
-	case <-ch:
-		return true
-	default:
-		return false
+	for _, h := range sockets {
+		_ = syscall.Close(h.fd)
 	}
 }

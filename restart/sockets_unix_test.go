@@ -4,15 +4,19 @@ package restart_test
 
 import (
 	"fmt"
+	"io"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -20,7 +24,8 @@ import (
 
 func TestAllListenersAreInherited(t *testing.T) {
 	t.Parallel()
-	s := startOn(t, "1", "tcp,127.0.0.1:0", "tcp4,localhost:0", "tcp,127.0.0.1:0", "tcp,:0")
+	s := start(t, "1",
+		on("tcp,127.0.0.1:0", "tcp4,localhost:0", "tcp,127.0.0.1:0", "tcp,:0"))
 	for n := 1; n < 4; n++ {
 		s.restart(t, fmt.Sprint(n), fmt.Sprint(n+1)) // compares the addresses
 		for _, addr := range s.addrs {
@@ -34,16 +39,17 @@ func TestAllListenersAreInherited(t *testing.T) {
 
 func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
 	t.Parallel()
-	s := startOn(t, "1", "tcp,127.0.0.1:0", "tcp,localhost:0")
+	s := start(t, "1", on("tcp,127.0.0.1:0", "tcp,localhost:0"))
 	all := s.addrs
 	s.addrs = all[:1]
 	s.restart(t, "1", "2,"+listensLess)
-	requireRefused(t, all[1])
+	httpclient.AwaitRefused(t, all[1])
 	require.Equal(t, "2", getFrom(t, all[0], "/"))
 
 	s.install(t, "3,"+listensMore)
+	s.Next(t)
 	more := s.requireReady(t, "3")
-	s.RequireLines(t, "2 stopped: user defined signal 2")
+	s.RequireLines(t, "2 replaced: user defined signal 2")
 	require.Len(t, more, 3)
 	s.addrs = more
 	s.restart(t, "3", "4,"+listensMore)
@@ -52,59 +58,110 @@ func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
 	}
 	s.stop(t, "4")
 	for _, addr := range more {
-		requireRefused(t, addr)
+		httpclient.AwaitRefused(t, addr)
 	}
+}
+
+// The old process still handles a request.
+func TestOldProcessKeepsNoDuplicate(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1", on("tcp,127.0.0.1:0", "tcp,127.0.0.1:0"))
+	all := s.addrs
+	s.restart(t, "1", "2")
+	inFlight := s.startRequest(t)
+	s.addrs = all[:1]
+	s.restart(t, "2", "3,"+listensLess)
+	httpclient.AwaitRefused(t, all[1])
+	inFlight.Finish(t, "2")
+	s.stop(t, "3")
 }
 
 func TestListenAfterReadyKeepsNoDuplicate(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
-	requireRefused(t, s.get(t, "/listen-and-close"))
+	httpclient.AwaitRefused(t, s.get(t, "/listen-and-close"))
 	s.restart(t, "1", "2")
-	requireRefused(t, s.get(t, "/listen-and-close"))
+	httpclient.AwaitRefused(t, s.get(t, "/listen-and-close"))
 	s.stop(t, "2")
 }
 
-// From socket activation
-
-// activate starts the program with sockets, as systemd does, and with these addresses as its
-// arguments. LISTEN_PID is pid, a shell expression.
-func activate(t testing.TB, pid, version string, sockets []*net.TCPListener, addrs ...string) (*proctest.Program, proctest.Installation) {
-	t.Helper()
-	installed := proctest.Install(t, version)
-	script := fmt.Sprintf(`LISTEN_FDS=%d LISTEN_PID=%s exec "$0" "$@"`, len(sockets), pid)
-	cmd := exec.Command("sh", append([]string{"-c", script, installed.Path}, addrs...)...)
-	for _, l := range sockets {
-		file, err := l.File()
-		require.NoError(t, err)
-		defer file.Close()
-		cmd.ExtraFiles = append(cmd.ExtraFiles, file)
-	}
-	return proctest.Start(t, cmd), installed
+// A new version listens on tcp4 where the old one had tcp. It cannot open a second socket.
+func TestNetworkOfASpecificAddressDoesNotMatter(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
+	s.restart(t, "1", "2,"+listensTCP4)
+	s.restart(t, "2", "3")
+	s.stop(t, "3")
 }
+
+// Between a wildcard address and a specific one, a restart fails.
+func TestNetworkOfAWildcardAddressMatters(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", ":0")
+	require.NoError(t, err)
+	defer l.Close()
+	if l.Addr().(*net.TCPAddr).IP.To4() != nil {
+		t.Skip("no IPv6: tcp and tcp4 are the same")
+	}
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	require.NoError(t, err)
+	s := start(t, "1", on("tcp,:"+port), activated(t, "$$", l.(*net.TCPListener)))
+	s.install(t, "2,"+listensTCP4)
+	s.awaitReport(t, 1, "listen tcp4 :"+port+": bind: address already in use")
+	s.awaitReport(t, 2, "restart: not restarted: "+
+		"process [0-9]+ exited before it was ready: exit status 1")
+	s.stop(t, "1")
+}
+
+func TestListenConfigCreatesTheSocketsThatAreNotInherited(t *testing.T) {
+	t.Parallel()
+	s := launch(t, "1,"+controls)
+	s.RequireLines(t, "1 controls tcp4")
+	s.addrs = s.requireReady(t, "1")
+	s.restart(t, "1", "2,"+controls)
+	s.install(t, "3,"+controls+","+listensMore)
+	require.Regexp(t, "^3 controls tcp[46]$", s.Line(t))
+	s.requireReady(t, "3")
+	s.RequireLines(t, "2 replaced: user defined signal 2")
+	s.stop(t, "3")
+}
+
+// If the socket were left open, the second Listen would fail in another way: no descriptor would
+// be free for its socket.
+func TestListenFailsIfTheSocketCannotBeKept(t *testing.T) {
+	t.Parallel()
+	s := launch(t, "1,"+atLimit)
+	s.RequireLines(t,
+		"1 listens: dup: too many open files", "1 listens: dup: too many open files")
+	s.requireReady(t, "1")
+}
+
+// From socket activation
 
 // The test keeps the sockets open, so without activation the addresses would be in use.
 func TestListenReturnsTheSocketsOfSocketActivation(t *testing.T) {
 	t.Parallel()
 	first, second := tcptest.Listen(t), tcptest.Listen(t)
-	p, installed := activate(t, "$$", "1", []*net.TCPListener{first, second},
-		"tcp4,"+second.Addr().String(), "tcp,"+first.Addr().String())
-	s := &service{Program: p, Installation: installed, parent: p.Next(t)}
-	s.addrs = s.requireReady(t, "1")
-	require.Equal(t, "1", getFrom(t, first.Addr().String(), "/"))
-	require.Equal(t, "1", getFrom(t, second.Addr().String(), "/"))
+	s := start(t, "1", on("tcp4,"+second.Addr().String(), "tcp,"+first.Addr().String()),
+		activated(t, "$$", first, second))
+	requireServedBy := func(version string) {
+		t.Helper()
+		require.Equal(t, version, getFrom(t, first.Addr().String(), "/"))
+		require.Equal(t, version, getFrom(t, second.Addr().String(), "/"))
+	}
+	requireServedBy("1")
 	s.restart(t, "1", "2")
-	require.Equal(t, "2", getFrom(t, first.Addr().String(), "/"))
-	require.Equal(t, "2", getFrom(t, second.Addr().String(), "/"))
+	requireServedBy("2")
 	s.stop(t, "2")
 }
 
 func TestSocketActivationOfAnotherProcessIsIgnored(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
-	p, _ := activate(t, "1", "1", []*net.TCPListener{l}, "tcp,"+l.Addr().String())
-	p.RequireStatus(t, 1)
-	assert.Contains(t, p.Errors(t), "address already in use")
+	s := launch(t, "1", on("tcp,"+l.Addr().String()), activated(t, "1", l))
+	s.RequireStatus(t, 1)
+	assert.Contains(t, s.Errors(t), "address already in use")
 }
 
 func TestSocketActivationMatchesTheAddress(t *testing.T) {
@@ -112,8 +169,8 @@ func TestSocketActivationMatchesTheAddress(t *testing.T) {
 	l := tcptest.Listen(t)
 	_, port, err := net.SplitHostPort(l.Addr().String())
 	require.NoError(t, err)
-	p, _ := activate(t, "$$", "1", []*net.TCPListener{l}, "tcp,:"+port)
-	assert.NotContains(t, p.Line(t), "127.0.0.1") // most systems report that the port is in use
+	s := launch(t, "1", on("tcp,:"+port), activated(t, "$$", l))
+	assert.NotContains(t, s.Line(t), "127.0.0.1") // most systems report that the port is in use
 }
 
 func TestSocketActivationMatchesTheNetwork(t *testing.T) {
@@ -123,37 +180,99 @@ func TestSocketActivationMatchesTheNetwork(t *testing.T) {
 	defer l.Close()
 	_, port, err := net.SplitHostPort(l.Addr().String())
 	require.NoError(t, err)
-	p, _ := activate(t, "$$", "1", []*net.TCPListener{l.(*net.TCPListener)}, "tcp6,[::]:"+port)
-	line := p.Line(t)
+	s := launch(t, "1", on("tcp6,[::]:"+port), activated(t, "$$", l.(*net.TCPListener)))
+	line := s.Line(t)
 	if line == "EOF" {
-		t.Skip("no IPv6: ", p.Errors(t))
+		t.Skip("no IPv6: ", s.Errors(t))
 	}
 	assert.Equal(t, "1 ready [::]:"+port, line)
+}
+
+func TestSocketActivationMatchesAWildcardWithoutAnAddress(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", ":0")
+	require.NoError(t, err)
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	require.NoError(t, err)
+	start(t, "1", on("tcp,:"+port), activated(t, "$$", l.(*net.TCPListener)))
+	require.Equal(t, "1", getFrom(t, "127.0.0.1:"+port, "/"))
 }
 
 func TestInheritedSocketsThatListenDoesNotReturnAreClosed(t *testing.T) {
 	t.Parallel()
 	used, unused := tcptest.Listen(t), tcptest.Listen(t)
-	p, _ := activate(t, "$$", "1", []*net.TCPListener{unused, used}, "tcp,"+used.Addr().String())
-	require.Regexp(t, "^1 ready", p.Line(t))
+	s := start(t, "1", on("tcp,"+used.Addr().String()), activated(t, "$$", unused, used))
 	require.NoError(t, unused.Close())
-	requireRefused(t, unused.Addr().String())
-	require.Equal(t, "1", getFrom(t, used.Addr().String(), "/"))
+	httpclient.AwaitRefused(t, unused.Addr().String())
+	require.Equal(t, "1", s.get(t, "/"))
+}
+
+// With Accept=yes, systemd passes a connected socket, with the address of its listener.
+func TestConnectedSocketIsNotInherited(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	tcptest.Dial(t, l)
+	connected, err := l.Accept()
+	require.NoError(t, err)
+	defer connected.Close()
+	s := launch(t, "1", on("tcp,"+l.Addr().String()),
+		activated(t, "$$", connected.(*net.TCPConn)))
+	s.RequireStatus(t, 1)
+	assert.Contains(t, s.Errors(t), "address already in use")
+}
+
+func TestSocketsThatAreNotTCPListenersAreClosed(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	client := tcptest.Dial(t, l)
+	connected, err := l.Accept()
+	require.NoError(t, err)
+	unix, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	require.NoError(t, err)
+	unix.(*net.UnixListener).SetUnlinkOnClose(false)
+	start(t, "1", activated(t, "$$", connected.(*net.TCPConn), unix.(*net.UnixListener)))
+
+	require.NoError(t, connected.Close())
+	require.NoError(t, client.SetReadDeadline(time.Now().Add(tcptest.Patience)))
+	_, err = client.Read(make([]byte, 1))
+	assert.ErrorIs(t, err, io.EOF, "the connected socket is still open")
+	require.NoError(t, unix.Close())
+	_, err = net.Dial("unix", unix.Addr().String())
+	assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the Unix socket is still open")
+}
+
+// LISTEN_FDS counts files too, or is larger than what was passed: the descriptors after that
+// belong to the Go runtime.
+func TestDescriptorsThatAreNotSocketsAreLeftAlone(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer r.Close()
+	l := tcptest.Listen(t)
+	s := start(t, "1", on("tcp,"+l.Addr().String()), func(cmd *exec.Cmd) {
+		throughShell(`LISTEN_FDS=1000000000 LISTEN_PID=$$ exec "$@"`)(cmd)
+		cmd.ExtraFiles = []*os.File{w}
+		passFiles(t, cmd, l)
+	})
+	assert.Equal(t, "<nil>", s.get(t, "/write?descriptor=3"), "error of writing to the pipe")
+	s.restart(t, "1", "2")
+	s.stop(t, "2")
+	text, err := io.ReadAll(r)
+	require.NoError(t, err)
+	assert.Equal(t, "text", string(text), "what the pipe has received")
 }
 
 func TestHelperProcessesDoNotInheritActivatedSockets(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
-	p, _ := activate(t, "$$", "1,"+helper, []*net.TCPListener{l}, "tcp,"+l.Addr().String())
-	var pid int
-	_, err := fmt.Sscanf(p.Line(t), "helper %d", &pid)
-	require.NoError(t, err)
-	killHelper(t, pid)
-	require.Regexp(t, "^1 ready", p.Line(t))
+	s := launch(t, "1,"+helper, on("tcp,"+l.Addr().String()), activated(t, "$$", l))
+	pid := s.requireHelper(t)
+	s.requireReady(t, "1")
 	require.NoError(t, l.Close())
-	require.NoError(t, p.Process.Signal(syscall.SIGTERM))
-	p.RequireStatus(t, 0)
-	requireRefused(t, l.Addr().String())
+	s.signal(t, syscall.SIGTERM)
+	s.RequireStatus(t, 0)
+	httpclient.AwaitRefused(t, l.Addr().String())
 	require.NoError(t, syscall.Kill(pid, 0), "the helper is not running")
 }
 
@@ -161,9 +280,7 @@ func TestHelperProcessesDoNotInheritActivatedSockets(t *testing.T) {
 func TestVariablesAreTakenOutOfTheEnvironment(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
-	p, installed := activate(t, "$$", "1", []*net.TCPListener{l}, "tcp,"+l.Addr().String())
-	s := &service{Program: p, Installation: installed, parent: p.Next(t)}
-	s.addrs = s.requireReady(t, "1")
+	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
 	assert.Empty(t, s.get(t, "/variables"))
 	s.restart(t, "1", "2")
 	assert.Empty(t, s.get(t, "/variables"))

@@ -1,0 +1,116 @@
+//go:build unix
+
+package restart
+
+import (
+	"net"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/socket"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// What other processes cannot make happen for certain
+
+// A child that is killed while it sends its sockets must not leave them open in the parent.
+func TestSocketsOfAnIncompleteMessageAreClosed(t *testing.T) {
+	link, file, err := linkPair()
+	require.NoError(t, err)
+	child, err := net.FileConn(file)
+	require.NoError(t, err)
+	require.NoError(t, file.Close())
+	l := tcptest.Listen(t)
+	fd, err := socket.DupConn(l)
+	require.NoError(t, err)
+	_, _, err = child.(*net.UnixConn).WriteMsgUnix(
+		[]byte("tcp 127.0.0.1:0\n"), syscall.UnixRights(fd), nil)
+	require.NoError(t, err)
+	require.NoError(t, child.Close())
+	require.NoError(t, syscall.Close(fd))
+	require.NoError(t, l.Close())
+
+	_, err = link.receiveSockets()
+	require.Equal(t, errLinkClosed, err)
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err == nil {
+		conn.Close()
+	}
+	assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the socket is still open")
+}
+
+// The service was stopped, the timeout is over, or there is another new process by now.
+func TestChildThatIsReadyTooLateDoesNotServe(t *testing.T) {
+	c := new(child)
+	for name, s := range map[string]*supervisor{
+		"stopping":        {state: stopping, newProcess: c},
+		"late":            {state: steady, newProcess: c},
+		"another process": {state: restarting, newProcess: new(child)},
+	} {
+		l := tcptest.Listen(t)
+		fd, err := socket.DupConn(l)
+		require.NoError(t, err)
+		require.NoError(t, l.Close())
+		before := s.state
+		s.serving, s.sockets = self(func(error) { t.Errorf("%s: replaced", name) }), new(sockets)
+		s.childReady(c, []held{{"tcp 127.0.0.1:0", fd}}, nil)
+		assert.Equal(t, before, s.state, name)
+		_, ok := s.serving.(*child)
+		assert.False(t, ok, "%s: the child serves", name)
+		httpclient.AwaitRefused(t, l.Addr().String())
+	}
+}
+
+// It is what net.Listen would return. A test with processes for each case would be long.
+func TestInheritedSocketIsFoundByItsAddress(t *testing.T) {
+	const activation = ""
+	for _, tt := range []struct {
+		network, address string // that the socket was created for
+		name             string // network under which it is inherited
+		same, different  string // networks and addresses
+	}{
+		{"tcp4", "127.0.0.1", activation, "tcp,127.0.0.1 tcp4,127.0.0.1",
+			"tcp, tcp4, tcp,0.0.0.0 tcp,127.0.0.2"},
+		{"tcp4", "127.0.0.1", "tcp", "tcp4,127.0.0.1", "tcp,"},
+		{"tcp4", "127.0.0.1", "tcp4", "tcp,127.0.0.1", "tcp4,"},
+		{"tcp6", "[::1]", activation, "tcp,[::1] tcp6,[::1]", "tcp,[::] tcp6, tcp,[::1%lo]"},
+		{"tcp4", "0.0.0.0", activation, "tcp, tcp4, tcp,0.0.0.0 tcp4,0.0.0.0",
+			"tcp6, tcp6,[::] tcp,127.0.0.1"},
+		{"tcp4", "0.0.0.0", "tcp4", "tcp4, tcp4,0.0.0.0", "tcp, tcp6,"},
+		{"tcp6", "[::]", activation, "tcp, tcp6, tcp,[::] tcp6,[::] tcp,0.0.0.0",
+			"tcp4, tcp4,0.0.0.0 tcp,[::1]"},
+		{"tcp6", "[::]", "tcp", "tcp, tcp,[::] tcp,0.0.0.0", "tcp4, tcp6, tcp6,[::]"},
+		{"tcp6", "[::]", "tcp6", "tcp6, tcp6,[::]", "tcp, tcp4, tcp,[::]"},
+	} {
+		created, err := net.Listen(tt.network, tt.address+":0")
+		if err != nil && tt.network == "tcp6" {
+			continue // no IPv6
+		}
+		require.NoError(t, err)
+		defer created.Close()
+		l := inherited{"", created.(*net.TCPListener)}
+		_, port, err := net.SplitHostPort(l.Addr().String())
+		require.NoError(t, err)
+		if tt.name != activation {
+			l.name = tt.name + " somehost:" + port
+		}
+		isBoundTo := func(target, port string) bool {
+			network, host, _ := strings.Cut(target, ",")
+			addr, err := net.ResolveTCPAddr(network, host+":"+port)
+			require.NoError(t, err)
+			return l.boundTo(network, addr)
+		}
+		for _, target := range strings.Fields(tt.same) {
+			assert.True(t, isBoundTo(target, port), "%v is not %s", tt, target)
+			assert.False(t, isBoundTo(target, "1"), "%v is %s with another port", tt, target)
+		}
+		for _, target := range strings.Fields(tt.different) {
+			assert.False(t, isBoundTo(target, port), "%v is %s", tt, target)
+		}
+	}
+}

@@ -1,0 +1,357 @@
+//go:build unix
+
+package restart_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/httpdrain"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/restart"
+)
+
+// In the processes that the tests start, the test binary is a server that listens on the
+// addresses in its arguments, each after its network and a comma.
+func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "8") // the tests wait more than they compute
+	proctest.Main(m, program)
+}
+
+// These are features of a version of the program. Its name and its features are separated by
+// commas.
+const (
+	// before Run
+	exits       = "exits"       // with status 3
+	hangs       = "hangs"       // and prints a line before
+	helper      = "helper"      // starts a process, which keeps running
+	changes     = "changes"     // its arguments, environment and directory
+	logs        = "logs"        // to standard output
+	ignoresCHLD = "ignoresCHLD" // SIGCHLD
+	reaps       = "reaps"       // waits for all children
+	signals     = "signals"     // prints SIGHUP and SIGUSR1
+
+	// in serve
+	waits       = "waits"       // for a line on standard input, before it listens
+	announces   = "announces"   // prints a line when ctx is done
+	isLate      = "isLate"      // listens when ctx is done
+	controls    = "controls"    // prints a line for each socket that it creates
+	atLimit     = "atLimit"     // listens twice when only one descriptor is free
+	clones      = "clones"      // prints whether os.FindProcess clones the process
+	listensLess = "listensLess" // not on the last address
+	listensMore = "listensMore" // on one address more
+	listensTCP4 = "listensTCP4" // on tcp4 instead of tcp
+	fails       = "fails"       // returns an error
+	shutsDown   = "shutsDown"   // uses Shutdown, not package httpdrain
+
+	lingers = "lingers" // after Run
+)
+
+var errFails = errors.New("serve fails")
+
+// An instance is the program in this process.
+type instance struct {
+	name     string
+	features []string
+	args     []string
+	stdin    *bufio.Reader
+	ready    chan struct{} // closed after the call of Ready
+	serve    chan error    // makes serve return
+	files    []*os.File    // opened to use up the descriptors
+
+	process   *restart.Process
+	listeners []*stoppablelistener.StoppableListener
+}
+
+func program(version string) {
+	log.SetFlags(0)
+	features := strings.Split(version, ",")
+	in := &instance{
+		name:     features[0],
+		features: features[1:],
+		args:     slices.Clone(os.Args[1:]),
+		stdin:    bufio.NewReader(os.Stdin),
+		ready:    make(chan struct{}),
+		serve:    make(chan error, 1),
+	}
+	in.prepare()
+	err := restart.Run(in.run)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	if in.has(lingers) {
+		fmt.Println(in.name, "lingers")
+		<-time.After(time.Hour)
+	}
+	switch {
+	case errors.Is(err, errFails):
+		os.Exit(4)
+	case err != nil:
+		os.Exit(1)
+	}
+}
+
+func (in *instance) has(feature string) bool { return slices.Contains(in.features, feature) }
+
+// prepare is what the program does before Run.
+func (in *instance) prepare() {
+	if in.has(exits) {
+		os.Exit(3)
+	}
+	if in.has(hangs) {
+		fmt.Println(in.name, "hangs")
+		<-time.After(time.Hour)
+	}
+	if in.has(helper) {
+		cmd := exec.Command("sleep", "60")
+		check(cmd.Start())
+		fmt.Println("helper", cmd.Process.Pid)
+	}
+	if in.has(changes) {
+		for i := range os.Args {
+			os.Args[i] = "changed"
+		}
+		os.Args = os.Args[:1]
+		check(os.Setenv("TEST_VARIABLE", "changed"))
+		check(os.Unsetenv("TEST_SECRET"))
+		check(os.Setenv("PATH", ""))
+		check(os.Chdir("/"))
+	}
+	if in.has(logs) {
+		log.SetOutput(os.Stdout)
+	}
+	if in.has(ignoresCHLD) {
+		signal.Ignore(syscall.SIGCHLD)
+	}
+	if in.has(reaps) {
+		go func() {
+			for ; ; time.Sleep(time.Millisecond) {
+				_, _ = syscall.Wait4(-1, nil, 0, nil)
+			}
+		}()
+	}
+	if in.has(signals) {
+		received := make(chan os.Signal, 1)
+		signal.Notify(received, syscall.SIGHUP, syscall.SIGUSR1)
+		go func() {
+			for sig := range received {
+				fmt.Println(in.name, "received:", sig)
+			}
+		}()
+	}
+}
+
+// run is what Run calls.
+func (in *instance) run(ctx context.Context, p *restart.Process) error {
+	in.process = p
+	in.beforeListen(ctx)
+	server := &http.Server{Handler: in.handler()}
+	drainer := httpdrain.New(server)
+	line := in.name + " ready"
+	for _, addr := range in.addrs() {
+		network, address, _ := strings.Cut(addr, ",")
+		sl, err := p.Listen(network, address)
+		if err != nil {
+			return err
+		}
+		in.listeners = append(in.listeners, sl)
+		line += " " + sl.Addr().String()
+	}
+	served := make(chan error)
+	for _, sl := range in.listeners {
+		context.AfterFunc(ctx, func() { p.Stop(sl) })
+		go func() { served <- server.Serve(sl) }()
+	}
+	fmt.Println(line)
+	p.Ready()
+	close(in.ready)
+
+	select {
+	case err := <-in.serve:
+		return err
+	case <-ctx.Done():
+	}
+	if in.has(announces) {
+		fmt.Println(in.name, "is done")
+	}
+	for _, sl := range in.listeners {
+		p.Stop(sl) // once more, perhaps at the same time
+		if err := <-served; err != stoppablelistener.StoppedError {
+			return err
+		}
+	}
+	how := "stopped:"
+	if errors.Is(context.Cause(ctx), restart.ErrReplaced) {
+		how = "replaced:"
+	}
+	fmt.Println(in.name, how, context.Cause(ctx))
+	drain := drainer.Drain
+	if in.has(shutsDown) {
+		drain = server.Shutdown
+	}
+	err := drain(context.Background())
+	if in.has(fails) {
+		return errFails
+	}
+	return err
+}
+
+// addrs are the addresses that this version listens on.
+func (in *instance) addrs() []string {
+	addrs := slices.Clone(in.args)
+	if in.has(listensLess) {
+		addrs = addrs[:len(addrs)-1]
+	}
+	if in.has(listensMore) {
+		addrs = append(addrs, "tcp,localhost:0")
+	}
+	if in.has(listensTCP4) {
+		for i := range addrs {
+			addrs[i] = strings.Replace(addrs[i], "tcp,", "tcp4,", 1)
+		}
+	}
+	return addrs
+}
+
+// beforeListen is what the program does in serve before it listens.
+func (in *instance) beforeListen(ctx context.Context) {
+	if in.has(waits) {
+		fmt.Println(in.name, "waits")
+		_, _ = in.stdin.ReadString('\n')
+	}
+	if in.has(isLate) {
+		fmt.Println(in.name, "waits")
+		<-ctx.Done()
+	}
+	if in.has(controls) {
+		in.process.ListenConfig.Control = func(network, address string, _ syscall.RawConn) error {
+			fmt.Println(in.name, "controls", network)
+			return nil
+		}
+	}
+	if in.has(clones) {
+		// The clone would be counted as the first child that this process has waited for.
+		var before, after syscall.Rusage
+		check(syscall.Getrusage(syscall.RUSAGE_CHILDREN, &before))
+		_, _ = os.FindProcess(os.Getpid())
+		check(syscall.Getrusage(syscall.RUSAGE_CHILDREN, &after))
+		fmt.Println(in.name, "clones:", before != after)
+	}
+	if in.has(atLimit) {
+		l, err := in.process.Listen("tcp", "localhost:0") // may open files that stay open
+		check(err)
+		in.useUpDescriptors()
+		check(in.files[0].Close())
+		for range 2 {
+			_, err := in.process.Listen("tcp", "127.0.0.1:0")
+			fmt.Println(in.name, "listens:", err)
+		}
+		in.freeDescriptors()
+		check(l.Close())
+	}
+}
+
+// useUpDescriptors leaves no descriptor free.
+func (in *instance) useUpDescriptors() {
+	check(syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 64, Max: 64}))
+	for {
+		file, err := os.Open(os.DevNull)
+		if errors.Is(err, syscall.EMFILE) {
+			return
+		}
+		check(err)
+		in.files = append(in.files, file)
+	}
+}
+
+func (in *instance) freeDescriptors() {
+	for _, file := range in.files {
+		_ = file.Close()
+	}
+	in.files = nil
+}
+
+func (in *instance) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, in.name)
+	})
+	mux.HandleFunc("/process", func(w http.ResponseWriter, _ *http.Request) {
+		dir, _ := os.Getwd()
+		fmt.Fprintln(w, os.Getppid(), os.Args,
+			os.Getenv("TEST_VARIABLE"), os.Getenv("TEST_SECRET"), dir)
+	})
+	mux.HandleFunc("/pid", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, in.process.Pid())
+	})
+	mux.HandleFunc("/variables", func(w http.ResponseWriter, _ *http.Request) {
+		for _, variable := range os.Environ() {
+			if strings.HasPrefix(variable, "LISTEN_") ||
+				strings.HasPrefix(variable, "STOPPABLELISTENER_RESTART") {
+				fmt.Fprintln(w, variable)
+			}
+		}
+	})
+	mux.HandleFunc("/stdin", func(w http.ResponseWriter, _ *http.Request) {
+		line, _ := in.stdin.ReadString('\n')
+		fmt.Fprint(w, line)
+	})
+	mux.HandleFunc("/stderr", func(http.ResponseWriter, *http.Request) {
+		fmt.Fprintln(os.Stderr, in.name, "writes to standard error")
+	})
+	mux.HandleFunc("/write", func(w http.ResponseWriter, r *http.Request) {
+		fd, err := strconv.Atoi(r.FormValue("descriptor"))
+		check(err)
+		_, err = syscall.Write(fd, []byte("text"))
+		fmt.Fprint(w, err)
+	})
+	mux.HandleFunc("/return", func(w http.ResponseWriter, r *http.Request) {
+		if r.FormValue("error") == "" {
+			in.serve <- nil
+		} else {
+			in.serve <- errFails
+		}
+	})
+	mux.HandleFunc("/stop", func(http.ResponseWriter, *http.Request) {
+		for _, sl := range in.listeners {
+			in.process.Stop(sl)
+		}
+	})
+	mux.HandleFunc("/limit", func(http.ResponseWriter, *http.Request) { in.useUpDescriptors() })
+	mux.HandleFunc("/no-limit", func(http.ResponseWriter, *http.Request) { in.freeDescriptors() })
+	mux.HandleFunc("/listen-and-close", func(w http.ResponseWriter, _ *http.Request) {
+		<-in.ready
+		l, err := in.process.Listen("tcp", "localhost:0")
+		if err == nil {
+			fmt.Fprint(w, l.Addr())
+			err = l.Close()
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+	})
+	return mux
+}
+
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
+}

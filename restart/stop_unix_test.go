@@ -1,0 +1,362 @@
+//go:build unix
+
+package restart_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// Process.Stop, which calls the listener's Drain or Stop
+
+// The last stop of the service is Drain
+
+func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("Drain does not refuse connections here")
+	}
+	for name, tt := range map[string]struct{ restarts, target int }{
+		"parent serves":                  {0, 1},
+		"child serves":                   {2, 1},
+		"child serves, group is stopped": {1, -1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for range 1 + tcptest.Rounds(30)/10 {
+				s := start(t, "1", inGroup)
+				for n := range tt.restarts {
+					s.restart(t, fmt.Sprint(n+1), fmt.Sprint(n+2))
+				}
+				requireRefused := startClients(t, s.addrs[0])
+				require.NoError(t, syscall.Kill(tt.target*s.parent.Pid, syscall.SIGTERM))
+				requireRefused()
+				s.RequireLines(t, fmt.Sprint(tt.restarts+1, " stopped: terminated"))
+				s.requireExit(t)
+			}
+		})
+	}
+}
+
+// startClients starts clients that send requests without pause, half of them on connections that
+// are kept, and returns when each has had some responses. The function that it returns requires
+// each client to be refused in the end.
+func startClients(t *testing.T, addr string) (requireRefused func()) {
+	const clients = 16
+	var busy, done sync.WaitGroup
+	busy.Add(clients)
+	errs := make([]error, clients)
+	for i := range clients {
+		done.Add(1)
+		go func() {
+			defer done.Done()
+			client := httpclient.NewClient(nil, false, i%2 == 0)
+			defer client.CloseIdleConnections()
+			for n := 0; errs[i] == nil; n++ {
+				if n == 10 {
+					busy.Done()
+				}
+				_, errs[i] = httpclient.Post(client, "http://"+addr, "text")
+			}
+		}()
+	}
+	busy.Wait()
+	return func() {
+		t.Helper()
+		done.Wait()
+		for i, err := range errs {
+			if !httpclient.IsRefused(err) {
+				require.Failf(t, "client was not refused", "client %d: %v", i, err)
+			}
+		}
+	}
+}
+
+// In a child, whose parent is this test
+
+// A parentEnd is the parent's end of the link to a child; see the protocol in link_unix.go.
+type parentEnd struct{ *net.UnixConn }
+
+// startChild starts a version of the program as a child of this test. The child inherits l.
+func startChild(
+	t *testing.T, version string, l *net.TCPListener, variables ...string,
+) (*service, parentEnd) {
+	t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	require.NoError(t, err)
+	syscall.CloseOnExec(fds[0])
+	syscall.CloseOnExec(fds[1])
+	file := os.NewFile(uintptr(fds[0]), "link")
+	defer file.Close()
+	conn, err := net.FileConn(file)
+	require.NoError(t, err)
+	t.Cleanup(func() { conn.Close() })
+	name := "tcp " + l.Addr().String()
+	s := launch(t, version, on("tcp,"+l.Addr().String()), with(variables...), func(cmd *exec.Cmd) {
+		with("STOPPABLELISTENER_RESTART=" + name + "\n")(cmd)
+		cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(fds[1]), "link")}
+		passFiles(t, cmd, l)
+	})
+	s.addrs = []string{l.Addr().String()}
+	return s, parentEnd{conn.(*net.UnixConn)}
+}
+
+// knowsActivated is the variable of a parent that knows which sockets come from socket
+// activation: none does.
+const knowsActivated = "STOPPABLELISTENER_RESTART_ACTIVATED="
+
+// awaitReady waits until the child has sent its sockets.
+func (p parentEnd) awaitReady(t *testing.T) {
+	t.Helper()
+	received := make(chan error, 1)
+	go func() {
+		text, data := []byte(nil), make([]byte, 1024)
+		for !bytes.HasSuffix(text, []byte("\n\n")) {
+			n, err := p.Read(data)
+			if err != nil {
+				received <- err
+				return
+			}
+			text = append(text, data[:n]...)
+		}
+		received <- nil
+	}()
+	require.NoError(t, tcptest.Receive(t, received, "sockets of the child"))
+}
+
+// send sends the child the number of a signal.
+func (p parentEnd) send(t *testing.T, sig syscall.Signal) {
+	t.Helper()
+	_, err := p.Write([]byte{byte(sig)})
+	require.NoError(t, err)
+}
+
+func TestStopInAChild(t *testing.T) {
+	const isDrained, isStopped = true, false
+	word := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
+		return func(t *testing.T, _ *service, p parentEnd) { p.send(t, sig) }
+	}
+	signaled := func(t *testing.T, s *service, _ parentEnd) { s.signal(t, syscall.SIGTERM) }
+	for name, tt := range map[string]struct {
+		variables []string
+		stop      func(*testing.T, *service, parentEnd)
+		want      bool
+		line      string
+	}{
+		"the parent stops the service by SIGTERM": {
+			[]string{knowsActivated}, word(syscall.SIGTERM), isDrained, "stopped: terminated",
+		},
+		"the parent stops the service by SIGINT": {
+			[]string{knowsActivated}, word(syscall.SIGINT), isDrained, "stopped: interrupt",
+		},
+		"replaced": {
+			[]string{knowsActivated}, word(syscall.SIGUSR2), isStopped,
+			"replaced: user defined signal 2",
+		},
+		"the parent exits": {
+			[]string{knowsActivated},
+			func(t *testing.T, _ *service, p parentEnd) { require.NoError(t, p.Close()) },
+			isStopped, "stopped: parent process exited",
+		},
+		"signaled itself, and the parent keeps running": {
+			[]string{knowsActivated}, signaled, isStopped, "stopped: terminated",
+		},
+		"signaled itself, and the parent stops the service": {
+			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
+			func(t *testing.T, s *service, p parentEnd) {
+				signaled(t, s, p)
+				s.RequireLines(t, "1 is done")
+				p.send(t, syscall.SIGTERM)
+			},
+			isDrained, "stopped: terminated",
+		},
+		"signaled itself, and replaced": {
+			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
+			func(t *testing.T, s *service, p parentEnd) {
+				signaled(t, s, p)
+				s.RequireLines(t, "1 is done")
+				p.send(t, syscall.SIGUSR2)
+			},
+			isStopped, "stopped: terminated",
+		},
+		"signaled itself, and the parent exits": {
+			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
+			func(t *testing.T, s *service, p parentEnd) {
+				signaled(t, s, p)
+				s.RequireLines(t, "1 is done")
+				require.NoError(t, p.Close())
+			},
+			isStopped, "stopped: terminated",
+		},
+		"the socket comes from socket activation": {
+			[]string{knowsActivated + "[::1]:1\nADDRESS\n"}, word(syscall.SIGTERM), isStopped,
+			"stopped: terminated",
+		},
+		"the parent runs an older version of the package": {
+			nil, word(syscall.SIGTERM), isStopped, "stopped: terminated",
+		},
+		"nothing has happened": {
+			[]string{knowsActivated},
+			func(t *testing.T, s *service, p parentEnd) {
+				s.get(t, "/stop")
+				p.send(t, syscall.SIGTERM)
+			},
+			isStopped, "stopped: terminated",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := tcptest.Listen(t)
+			var variables []string
+			for _, variable := range tt.variables {
+				variables = append(variables,
+					strings.Replace(variable, "ADDRESS", l.Addr().String(), 1))
+			}
+			version := "1"
+			if slices.Contains(variables, wordTimeoutEnv+"=1h") {
+				version += "," + announces
+			}
+			s, parent := startChild(t, version, l, variables...)
+			s.requireReady(t, "1")
+			parent.awaitReady(t)
+			tt.stop(t, s, parent)
+			s.RequireLines(t, "1 "+tt.line)
+			s.requireExit(t)
+			requireState(t, l, tt.want)
+		})
+	}
+}
+
+// requireState requires l, which this test has too, to refuse connections after Drain, and to
+// have them after Stop.
+func requireState(t *testing.T, l *net.TCPListener, isDrained bool) {
+	t.Helper()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err == nil {
+		defer conn.Close()
+	}
+	switch {
+	case !isDrained:
+		require.NoError(t, err, "the socket has been drained, not stopped")
+		tcptest.RequireClient(t, conn, tcptest.Accept(l))
+	case runtime.GOOS == "linux":
+		require.ErrorIs(t, err, syscall.ECONNREFUSED, "the socket has not been drained")
+	}
+}
+
+// A child that is not ready does not wait for word, which need not come, and sends nothing.
+func TestNewProcessThatIsSignaledDoesNotDrain(t *testing.T) {
+	t.Parallel()
+	l := tcptest.Listen(t)
+	s, parent := startChild(t, "1,"+isLate, l, knowsActivated, wordTimeoutEnv+"=1h")
+	s.RequireLines(t, "1 waits")
+	s.signal(t, syscall.SIGTERM)
+	s.requireReady(t, "1")
+	s.RequireLines(t, "1 stopped: terminated")
+	s.requireExit(t)
+	requireState(t, l, false)
+	n, err := parent.Read(make([]byte, 1))
+	assert.Equal(t, io.EOF, err)
+	assert.Zero(t, n, "bytes sent to the parent")
+}
+
+func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
+	for _, feature := range []string{hangs, waits, isLate} {
+		t.Run(feature, func(t *testing.T) {
+			t.Parallel()
+			l := tcptest.Listen(t)
+			s, parent := startChild(t, "1,"+feature, l, knowsActivated)
+			require.NotEqual(t, "EOF", s.Line(t), "standard error: %s", s.Errors(t))
+			require.NoError(t, parent.Close())
+			s.RequireStatus(t, 1)
+			requireState(t, l, false)
+		})
+	}
+}
+
+// A service stays reachable, whatever has stopped one of its processes
+
+func TestServiceOfSocketActivationStaysReachable(t *testing.T) {
+	for _, restarts := range []int{0, 2} {
+		t.Run(fmt.Sprint(restarts, " restarts"), func(t *testing.T) {
+			t.Parallel()
+			l := tcptest.Listen(t)
+			first := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
+			for n := range restarts {
+				first.restart(t, fmt.Sprint(n+1), fmt.Sprint(n+2))
+			}
+			first.stop(t, fmt.Sprint(restarts+1))
+			waiting := httpclient.Dial(t, l.Addr().String(), nil)
+			waiting.Get(t, "/")
+			second := start(t, "second", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
+			_, body := waiting.Response(t)
+			require.Equal(t, "second", body)
+			waiting.Close() // otherwise, package httpdrain waits for it
+			second.stop(t, "second")
+		})
+	}
+}
+
+// The process was replaced, and still handles a request.
+func TestServiceStaysReachableIfAnOldProcessIsSignaled(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	old := s.restart(t, "1", "2")
+	inFlight := s.startRequest(t)
+	s.restart(t, "2", "3")
+	require.NoError(t, old.Signal(syscall.SIGTERM))
+	inFlight.Finish(t, "2")
+	old.AwaitExit(t)
+	require.Equal(t, "3", s.get(t, "/"))
+	s.stop(t, "3")
+}
+
+// The next one listens on the same port.
+func TestServiceCanBeStartedAgain(t *testing.T) {
+	for name, exit := range map[string]func(t *testing.T, s *service, child proctest.Process){
+		"the service is stopped": func(t *testing.T, s *service, _ proctest.Process) {
+			s.signal(t, syscall.SIGTERM)
+			s.RequireLines(t, "2 stopped: terminated")
+			s.RequireStatus(t, 0)
+		},
+		"the child is stopped": func(t *testing.T, s *service, child proctest.Process) {
+			require.NoError(t, child.Signal(syscall.SIGTERM))
+			s.RequireLines(t, "2 stopped: terminated")
+			s.RequireStatus(t, 0)
+		},
+		"the child is killed": func(t *testing.T, s *service, child proctest.Process) {
+			require.NoError(t, child.Kill())
+			s.RequireStatus(t, 1)
+		},
+		"the parent is killed": func(t *testing.T, s *service, _ proctest.Process) {
+			require.NoError(t, s.parent.Kill())
+			s.RequireLines(t, "2 stopped: parent process exited")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "1")
+			exit(t, s, s.restart(t, "1", "2"))
+			s.RequireNoProcess(t)
+			again := start(t, "again", on("tcp,"+s.addrs[0]))
+			require.Equal(t, "again", again.get(t, "/"))
+			again.stop(t, "again")
+		})
+	}
+}
