@@ -50,8 +50,11 @@ func serve(ctx context.Context, p *restart.Process, addr string) error {
 	case err := <-served:
 		return err
 	}
+	// These lines, and that above, are the output of the program in the article
+	// "Stopping a listening HTTP Server in Go" (Eric Urban, 2014).
 	fmt.Printf("Got signal:%v\n", context.Cause(ctx))
 	fmt.Println("Stopping listener")
+	drainer.DisableKeepAlives()
 	p.Stop(sl)
 	fmt.Println("Waiting on server")
 	if err := <-served; err != stoppablelistener.StoppedError {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"io"
 	"net/http"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,6 +12,7 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -64,13 +63,8 @@ type lastServer struct {
 func shutDownLastServer(
 	b *testing.B, shutdown func(*lastServer, context.Context) error,
 ) (lost int64, took time.Duration) {
-	const clients, perClient = 480, 5
 	l := tcptest.Listen(b)
-	handled, enough := tcptest.Countdown(clients * perClient)
-	handler := func(w http.ResponseWriter, r *http.Request) {
-		handled()
-		_, _ = io.Copy(w, r.Body)
-	}
+	handler := func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }
 	s := &lastServer{
 		server: &http.Server{Handler: http.HandlerFunc(handler)},
 		sl:     tcptest.Wrap(b, l),
@@ -84,35 +78,18 @@ func shutDownLastServer(
 		close(s.served)
 	}()
 
-	var posting sync.WaitGroup
-	var losers atomic.Int64
-	for i := range clients {
-		posting.Add(1)
-		go func() {
-			defer posting.Done()
-			client := httpclient.NewClient(nil, false, i%2 == 0)
-			defer client.CloseIdleConnections()
-			if err := postUntilError(client, "http://"+l.Addr().String()); !tcptest.IsRefused(err) {
-				losers.Add(1)
-			}
-		}()
-	}
-	tcptest.Receive(b, enough, "requests")
-
+	wait := httpload.PostUntilError("http://"+l.Addr().String(), 480, func(i int) *http.Client {
+		return httpclient.NewClient(nil, false, i%2 == 0)
+	})
 	ctx, cancel := context.WithTimeout(context.Background(), 3*tcptest.Patience)
 	defer cancel()
 	start := time.Now()
 	require.NoError(b, shutdown(s, ctx))
 	<-s.served
-	posting.Wait()
-	return losers.Load(), returned.Sub(start)
-}
-
-// postUntilError posts until a request fails.
-func postUntilError(client *http.Client, url string) error {
-	for {
-		if _, err := httpclient.Post(client, url, "request"); err != nil {
-			return err
+	for _, err := range wait() {
+		if !tcptest.IsRefused(err) {
+			lost++
 		}
 	}
+	return lost, returned.Sub(start)
 }

@@ -30,7 +30,10 @@ func serve(ctx context.Context, p *restart.Process) error {
 	go func() { served <- server.Serve(sl) }()
 	p.Ready()
 
-	context.AfterFunc(ctx, func() { p.Stop(sl) })
+	context.AfterFunc(ctx, func() {
+		drainer.DisableKeepAlives()
+		p.Stop(sl)
+	})
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err
 	}

@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -20,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
@@ -54,37 +55,15 @@ func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
 	}
 }
 
-// startClients starts clients that send requests without pause, half of them on connections that
-// are kept, and returns when each has had some responses. The function that it returns requires
-// each client to be refused in the end.
+// startClients starts clients, half of them on connections that are kept. The function that it
+// returns requires each client to be refused in the end.
 func startClients(t *testing.T, addr string) (requireRefused func()) {
-	const clients = 16
-	var busy, done sync.WaitGroup
-	busy.Add(clients)
-	errs := make([]error, clients)
-	for i := range clients {
-		done.Add(1)
-		go func() {
-			defer done.Done()
-			client := httpclient.NewClient(nil, false, i%2 == 0)
-			defer client.CloseIdleConnections()
-			for n := 0; errs[i] == nil; n++ {
-				if n == 10 {
-					busy.Done()
-				}
-				_, errs[i] = httpclient.Post(client, "http://"+addr, "text")
-			}
-		}()
-	}
-	busy.Wait()
+	wait := httpload.PostUntilError("http://"+addr, 16, func(i int) *http.Client {
+		return httpclient.NewClient(nil, false, i%2 == 0)
+	})
 	return func() {
 		t.Helper()
-		done.Wait()
-		for i, err := range errs {
-			if !httpclient.IsRefused(err) {
-				require.Failf(t, "client was not refused", "client %d: %v", i, err)
-			}
-		}
+		httpload.RequireRefused(t, wait())
 	}
 }
 

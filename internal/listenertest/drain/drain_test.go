@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sync"
 	"testing"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -132,9 +132,7 @@ func TestClientsOfAnHTTPServerSeeNothingButRefusal(t *testing.T) {
 	for range 3 {
 		l := tcptest.Listen(t)
 		sl := tcptest.Wrap(t, l)
-		handled, enough := tcptest.Countdown(300)
 		handler := func(w http.ResponseWriter, r *http.Request) {
-			handled()
 			w.Header().Set("Connection", "close")
 			_, _ = io.Copy(w, r.Body)
 		}
@@ -143,26 +141,12 @@ func TestClientsOfAnHTTPServerSeeNothingButRefusal(t *testing.T) {
 		served := make(chan error, 1)
 		go func() { served <- server.Serve(sl) }()
 
-		var posting sync.WaitGroup
-		for range 16 {
-			posting.Add(1)
-			go func() {
-				defer posting.Done()
-				client := httpclient.NewClient(nil, false, true)
-				for {
-					body, err := httpclient.Post(client, "http://"+l.Addr().String(), "request")
-					if err != nil {
-						assert.True(t, tcptest.IsRefused(err), "a request has failed: %v", err)
-						return
-					}
-					assert.Equal(t, "request", body)
-				}
-			}()
-		}
-		tcptest.Receive(t, enough, "requests")
+		wait := httpload.PostUntilError("http://"+l.Addr().String(), 16, func(int) *http.Client {
+			return httpclient.NewClient(nil, false, true)
+		})
 		sl.Drain()
 		err := tcptest.Receive(t, served, "return of Serve after Drain")
 		tcptest.RequireStoppedError(t, err)
-		posting.Wait()
+		httpload.RequireRefused(t, wait())
 	}
 }

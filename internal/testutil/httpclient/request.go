@@ -2,7 +2,6 @@ package httpclient
 
 import (
 	"net"
-	"strings"
 	"testing"
 	"time"
 
@@ -29,11 +28,6 @@ func AwaitRefused(t testing.TB, addr string) {
 		if err == nil {
 			conn.Close()
 		}
-		return IsRefused(err)
+		return tcptest.IsRefused(err)
 	})
-}
-
-// IsRefused reports whether err is that a connection was refused, in the words of any system.
-func IsRefused(err error) bool {
-	return err != nil && strings.Contains(err.Error(), "refused")
 }

@@ -107,3 +107,42 @@ func (ld *Load) RequireNoneFailed(t testing.TB) {
 	}
 	t.Logf("%d requests, none failed, the longest took %v", ld.succeeded.Load(), ld.Longest())
 }
+
+// PostUntilError starts clients that post to url, each until a request fails, and returns when
+// each has had ten responses. The function that it returns waits until all have failed.
+func PostUntilError(
+	url string, clients int, newClient func(i int) *http.Client,
+) (wait func() []error) {
+	var busy, posting sync.WaitGroup
+	busy.Add(clients)
+	posting.Add(clients)
+	errs := make([]error, clients)
+	for i := range clients {
+		go func() {
+			defer posting.Done()
+			isBusy := sync.OnceFunc(busy.Done)
+			defer isBusy()
+			client := newClient(i)
+			defer client.CloseIdleConnections()
+			for n := 0; errs[i] == nil; n++ {
+				if n == 10 {
+					isBusy()
+				}
+				_, errs[i] = httpclient.Post(client, url, "text")
+			}
+		}()
+	}
+	busy.Wait()
+	return func() []error {
+		posting.Wait()
+		return errs
+	}
+}
+
+// RequireRefused requires each error to be that a connection was refused.
+func RequireRefused(t testing.TB, errs []error) {
+	t.Helper()
+	for i, err := range errs {
+		require.True(t, tcptest.IsRefused(err), "the last request of client %d: %v", i, err)
+	}
+}
