@@ -353,7 +353,7 @@ func ExampleStoppableListener_Stop() {
 	// response of the second
 }
 
-// keepOpen keeps the socket open when Serve, Shutdown or Close of an http.Server close its
+// keepOpen keeps the socket open when Serve, Shutdown or Close of an http.Server closes its
 // listener.
 type keepOpen struct {
 	*stoppablelistener.StoppableListener

@@ -1,4 +1,4 @@
-// Package stoppablelistener stops the accept loop of a TCP server and resets no connection,
+// Package stoppablelistener stops the accept loop of a TCP server without closing its socket,
 // for graceful shutdown and zero-downtime restart:
 //
 //	sl, err := stoppablelistener.New(l) // l is what net.Listen returned
@@ -7,13 +7,13 @@
 //	sl.Stop()                           // if it is, by the next server or another process
 //
 // Accept then returns [StoppedError]: after Stop, at once; after Drain, when it has returned
-// the last connection. The socket stays open.
+// the last connection, while the system refuses new ones.
 //
 // Package net has two ways to interrupt a blocked Accept. [net.TCPListener.Close] also closes
-// the socket, which resets the connections in its accept queue (backlog): those that the kernel
-// has established and that Accept has not returned yet. A deadline makes Accept return a
-// timeout, after which [net/http.Server.Serve] retries, because it is a temporary error. This
-// package sets a deadline too, but returns a permanent error.
+// the socket, and resets the connections in its accept queue (backlog): those that the kernel
+// has established and that Accept has not returned yet. After a deadline, Accept returns a
+// timeout, a temporary error, after which [net/http.Server.Serve] retries. This package sets a
+// deadline too, but returns a permanent error.
 //
 // If you only have to stop one HTTP server, and a few failed requests do not matter,
 // [net/http.Server.Shutdown] is enough.
@@ -38,8 +38,8 @@
 // Stop in one process does not affect the other; Drain does. The child calls [net.FileListener]
 // and New. Package restart does all of this to restart a server without downtime.
 //
-// With the file that the File method of the plain *net.TCPListener returns, starting the child
-// or calling Fd sets the socket to blocking mode in both processes. An Accept that is called
+// With the file of the plain *net.TCPListener's File method, starting the child or calling Fd
+// sets the socket to blocking mode in both processes. An Accept that is called
 // in that mode returns with the next connection only; neither Stop nor Close interrupts it.
 //
 // # Limitations
@@ -49,9 +49,9 @@
 //   - Neither Stop nor Drain interrupts a wrapper around a StoppableListener that is blocked
 //     before it calls Accept, such as a full netutil.LimitListener.
 //   - Wait for the accept loop to return before you pass the same socket to New again, because
-//     New moves the deadline that interrupts Accept.
+//     New clears the deadline that interrupts Accept.
 //   - On Plan 9, where package net does not support deadlines for Accept, an Accept that is
-//     blocked when Stop is called returns the next connection.
+//     blocked when Stop is called returns the next connection, and Drain does not end.
 package stoppablelistener
 
 import (
@@ -161,7 +161,7 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 // that it has just taken from the accept queue: it never drops a connection. After Drain, it
 // returns connections first, and then StoppedError. After the deadline set with SetDeadline, it
 // returns an error that wraps [os.ErrDeadlineExceeded]; after Close, unless Stop or Drain was
-// called too, one that wraps [net.ErrClosed]. These and other errors are those of package net.
+// called too, one that wraps [net.ErrClosed]. Other errors are those of package net.
 func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
@@ -206,13 +206,13 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 // Stop interrupts the accept loop. Each blocked Accept and AcceptTCP returns at once, with
 // [StoppedError] or the connection that it has just taken from the accept queue; each later
 // call returns StoppedError. Stop may be called any number of times, before the first Accept,
-// after Drain, which it ends, and after Close; calls after the first do nothing.
+// after Close, and after Drain, which it interrupts; calls after the first do nothing.
 //
 // Stop does not wait for the accept loop to return, does not close accepted connections, and
-// does not close the socket, where the kernel keeps adding new connections to the accept
-// queue. So wait for the accept loop, for example with a [sync.WaitGroup], and then pass the
-// socket to New to serve it again. To close the socket instead, which would reset the
-// connections in its accept queue, call Drain, not Stop. To use the plain *net.TCPListener
+// does not close the socket: the kernel keeps adding new connections to the accept queue. So
+// wait for the accept loop, for example with a [sync.WaitGroup], and then pass the socket to New
+// to serve it again. If it is not used again, call Drain instead of Stop: closing the socket
+// after Stop resets the connections in its accept queue. To use the plain *net.TCPListener
 // again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
 func (sl *StoppableListener) Stop() {
 	sl.mu.Lock()
@@ -233,7 +233,8 @@ func (sl *StoppableListener) Stop() {
 // Accept and AcceptTCP keep returning connections: those in the accept queue, and those whose
 // handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
 // nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
-// later call. After that, closing the socket resets no connection.
+// later call. After that, closing the socket resets no connection, unless a packet of its
+// handshake was lost and is sent again.
 //
 // A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
 // Stop, do nothing. Drain may be called before the first Accept and after Close.
@@ -241,13 +242,12 @@ func (sl *StoppableListener) Stop() {
 // New connections are refused on Linux since version 5.7, without privileges, for TCP and
 // Multipath TCP. There, connect returns "connection refused" at once; if another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
-// because the kernel drops their first SYN. Handshakes fail for which the kernel uses SYN
-// cookies, as it does if the accept queue or the handshakes exceed the backlog.
+// because the kernel drops their first SYN. Handshakes with SYN cookies fail; the kernel uses
+// these if the backlog is exceeded.
 //
-// Where connections cannot be refused, on other systems, in some sandboxes, or on a socket that
-// is bound to a device, Accept returns connections for 250 ms after Drain and then StoppedError.
-// Closing the socket then resets the connections that are in its accept queue or in the
-// handshake.
+// On other systems, in some sandboxes, and, without privileges, on a socket that is bound to a
+// device, connections cannot be refused. Accept returns connections for 250 ms after Drain, and then StoppedError.
+// Closing the socket then resets the connections in its accept queue and in the handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -304,7 +304,7 @@ func (sl *StoppableListener) endPoll(err error) error {
 //
 // If the process does not run at the end of the wait, because it is suspended or throttled, a
 // connection may come, but the deadline expires before Accept can look. So Accept waits once
-// more, for a moment, which starts with a look at the accept queue.
+// more, for a moment, which starts with a look at the accept queue; and again, if it was late.
 func (sl *StoppableListener) endWait(err error) error {
 	now := time.Now()
 	switch {
@@ -317,7 +317,7 @@ func (sl *StoppableListener) endWait(err error) error {
 	case sl.waitEnd.IsZero():
 		sl.waitEnd = now.Add(drainWait)
 	case now.Before(sl.waitEnd): // another goroutine has started the wait
-	case sl.refusing && !sl.looking:
+	case sl.refusing && (!sl.looking || now.After(sl.waitEnd.Add(lookWait))):
 		sl.looking = true
 		sl.waitEnd = now.Add(lookWait)
 	default:

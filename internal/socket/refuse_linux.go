@@ -14,10 +14,10 @@ const (
 // does. It affects all duplicates of the socket; only CAP_NET_RAW can undo it.
 //
 // A SYN is for the listening socket that is bound to its interface, or to none. If there is no
-// such socket, the kernel sends RST. Handshakes that have started complete, because their
-// request sockets refer to the listening socket, which needs no lookup (with SYN cookies, there
-// are no request sockets, and they fail); and the accept queue stays. Linux allows this without privileges since version 5.7, unless the socket is bound
-// already.
+// such socket, the kernel sends RST. The accept queue stays. Handshakes that have started
+// complete, because their request sockets refer to the listening socket, which needs no lookup;
+// with SYN cookies, there are no request sockets, and they fail. Linux allows this without
+// privileges since version 5.7, unless the socket is bound already.
 func Refuse(conn syscall.Conn) bool {
 	bound := 0
 	err := control(conn, func(fd int) (err error) {
