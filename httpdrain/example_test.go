@@ -19,8 +19,8 @@ import (
 // delay is longer than the load balancer needs to notice that the server is not ready.
 const delay = 5 * time.Second
 
-// A server behind a load balancer, such as a Kubernetes Service or haproxy. SIGTERM shuts it
-// down so that a rolling update fails no request. A second signal exits at once.
+// A server behind a load balancer, such as a Kubernetes Service or haproxy. When SIGTERM shuts it
+// down in a rolling update, no request fails. A second signal kills it.
 func Example() {
 	l, err := net.Listen("tcp", ":"+os.Getenv("PORT"))
 	if err != nil {

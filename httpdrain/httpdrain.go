@@ -12,7 +12,7 @@
 // (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
 // Its responses carry Connection: close, or are followed by GOAWAY (HTTP/2), so that clients
 // open new connections for their next requests. An HTTP/1 client that sends a request on each of
-// its connections during the grace period sees no error.
+// its connections during the grace period sees no error, within the limitations below.
 //
 // # Load balancers
 //
@@ -27,35 +27,35 @@
 //	sl.Drain()                  // then wait for Serve to return
 //	err := drainer.Drain(drainCtx)
 //
-// The package example is a program that does this. The shorter order above is for a server that
-// has no load balancer, or whose socket stays open, as with package restart.
+// The package example is a program that does this. The first snippet is for a server without a
+// load balancer. If its socket stays open for the next server, it calls Stop instead of Drain.
 //
 // The delay must exceed the time until the last load balancer has noticed: with health checks,
 // their interval times the number that must fail; in Kubernetes, where the deletion of a Pod
 // has to reach each node, usually some seconds. An HTTP/1 client that sends a request on each of
 // its connections at least every delay + Grace sees no error.
 //
-// In Kubernetes, terminationGracePeriodSeconds must exceed delay + Grace + the longest request
+// In Kubernetes, terminationGracePeriodSeconds must exceed delay + 2 Grace + the longest request
 // + 3 s. A preStop hook that sleeps is no substitute for the delay, because the process does
 // not know yet that it is being stopped, and its clients keep their connections. A rolling
 // update replaces processes, so it does not need package restart.
 //
 // Behind a load balancer that checks health, and reuses its own connections, a sleep and then
-// Shutdown failed no request either.
+// Shutdown were enough too.
 //
 // # Handlers
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. For
 // handlers that are called after DisableKeepAlives, the header Connection: close is already
-// set. It is not set for CONNECT and Upgrade requests, unless the upgrade is to h2c or TLS,
-// which package http ignores. A handler must not set Connection: keep-alive itself: its clients
+// set. It is not set for CONNECT and Upgrade requests, except for upgrades to h2c and TLS, which
+// package http ignores. A handler must not set Connection: keep-alive itself: its clients
 // would send their next requests on a connection that is about to be closed.
 //
 // An informational response that a handler sends, such as 103 Early Hints, would carry
 // Connection: close too. Clients reject that: Node.js always, others over HTTP/2. Such a handler
-// should delete the header before, and may set it again after. A httputil.ReverseProxy also sends
-// those of its backend, such as 100 Continue: call it from a handler that deletes the header, and
-// set the header in its ModifyResponse.
+// should delete the header first, and may set it again afterwards. An httputil.ReverseProxy
+// forwards its backend's informational responses, such as 100 Continue: call it from a handler
+// that deletes the header, and set the header in its ModifyResponse.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -77,12 +77,12 @@
 //     received.
 //   - OPTIONS *, to which package http itself responds, without Connection: close, unless the
 //     server's DisableGeneralOptionsHandler is set.
-//   - HTTP/2: a request that was sent before GOAWAY was received. After Drain, GOAWAY follows the
-//     response to a request that was the only one in flight on its connection when its handler
-//     was called, so this does not affect clients with one request at a time. On other
-//     connections it is sent at the end of the grace period. Package http sends one GOAWAY, with the last stream
-//     that it has seen, not the two of RFC 9113, section 6.8. Many clients send such a request
-//     again if they can send its body again.
+//   - HTTP/2: a request that was sent before GOAWAY was received. In the grace period, GOAWAY
+//     follows the response to a request that was alone in flight on its connection when its
+//     handler was called; clients that send one request at a time are not affected. On other
+//     connections, GOAWAY is sent at the end of the grace period. Package http sends one GOAWAY,
+//     with the last stream that it has seen, not the two of RFC 9113, section 6.8. Many clients
+//     send such a request again if they can send its body again.
 package httpdrain
 
 import (
@@ -108,6 +108,7 @@ type Drainer struct {
 	server             *http.Server
 	keepAlivesDisabled atomic.Bool
 	draining           atomic.Bool // Drain has been called
+	shutdownOnce       sync.Once
 	shutdown           atomic.Bool // the server's Shutdown has been called
 
 	accepted atomic.Int64 // number of calls of ConnContext
@@ -116,10 +117,10 @@ type Drainer struct {
 	conns    sync.Map     // open connections that are not hijacked: net.Conn to *connInfo
 	open     atomic.Int64 // number of conns
 
-	fresh    atomic.Int64 // number of conns that have become idle since Drain was called, and are
-	mu       sync.Mutex   // guards lastIdle
-	lastIdle time.Time    // when the last of these has become idle
-	changed  sync.Cond    // open or fresh has become zero, or a context is done; its lock is mu
+	fresh    atomic.Int64 // number of idle conns that have become so since Drain was called
+	mu       sync.Mutex   // guards lastIdle; the lock of changed
+	lastIdle time.Time    // when the last of the fresh conns has become idle
+	changed  sync.Cond    // open or fresh has become zero, or a context is done
 }
 
 // A connInfo is what a Drainer knows about a connection.
@@ -135,11 +136,12 @@ func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int3
 var inFlightKey = new(struct{ _ int })
 
 // New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext. So set
-// these fields, if you use them, before you call New, and call New before Serve. Frameworks
-// may set them later: echo's Start and StartServer do, for example. Use the framework as the
-// Handler of a server of your own then: http.Server{Handler: e}. If Handler is replaced,
-// responses do not carry Connection: close; if ConnContext is, GOAWAY does not follow them; if
-// ConnState is, Drain returns an error.
+// these fields, if you use them, before you call New, and call New before Serve. If Handler is
+// replaced later, responses do not carry Connection: close; if ConnContext is, GOAWAY does not
+// follow them; if ConnState is, Drain returns an error; if both are, Drain waits for nothing.
+//
+// Some frameworks replace them, such as echo with its Start and StartServer. Then use the
+// framework as the Handler of your own server: http.Server{Handler: e}.
 func New(server *http.Server) *Drainer {
 	d := &Drainer{Grace: 1250 * time.Millisecond, server: server}
 	d.changed.L = &d.mu
@@ -192,9 +194,8 @@ func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
 // used again.
 //
 // Drain calls DisableKeepAlives. While there are connections, the server keeps serving them for
-// the grace period. This lasts d.Grace, and at most twice as long: a connection that becomes
-// idle within d.Grace, after a response without Connection: close to a request that was in
-// flight before, stays idle for d.Grace too.
+// the grace period. It lasts d.Grace, or up to twice that: a connection that becomes idle within
+// d.Grace, after a response without Connection: close, stays open for d.Grace from then on.
 //
 // Then Drain calls Shutdown, which calls the functions registered with RegisterOnShutdown,
 // closes idle HTTP/1 connections, and sends GOAWAY on HTTP/2 connections. Drain closes the
@@ -203,14 +204,16 @@ func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
 //
 // When ctx is done, Drain closes all of these connections. If requests were in flight on them,
 // it returns an error that wraps ctx.Err(); otherwise, nil. If two calls run at the same time,
-// both return when no connection is left.
+// both return when no connection is left, or the context of one is done; only that call returns
+// the error.
 //
 // If a Serve is still running, Drain returns as soon as no connection happens to be open, and
 // requests on the connections accepted last can fail. To keep accepting connections, call
 // DisableKeepAlives, and Drain later.
 //
 // Drain does not know connections whose [net.Conn] cannot be a map key, such as a struct that
-// contains a slice: they have no grace period, and Drain waits for them as Shutdown does.
+// contains a slice: they have no grace period, and Drain waits for all connections as Shutdown
+// does then.
 func (d *Drainer) Drain(ctx context.Context) error {
 	d.DisableKeepAlives()
 	d.draining.Store(true)
@@ -225,19 +228,19 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	d.wait(settleCtx, &d.fresh)
 
 	cancel()
-	_ = d.server.Shutdown(settleCtx) // does not wait, because settleCtx is done
+	var err error
+	d.shutdownOnce.Do(func() { // a second call would call the registered functions again
+		if d.unknown.Load() || d.replaced() {
+			err = d.server.Shutdown(ctx)
+		} else {
+			_ = d.server.Shutdown(settleCtx) // does not wait, because settleCtx is done
+		}
+	})
 	d.shutdown.Store(true)
 	d.eachInState(http.StateNew, func(conn net.Conn, _ *connInfo) { _ = conn.Close() })
 	d.eachInState(http.StateIdle, closeIfIdleLater)
-	var err error
 	if !d.wait(ctx, &d.open) {
 		d.eachInState(http.StateActive, func(net.Conn, *connInfo) { err = ctx.Err() })
-	}
-	replaced := d.accepted.Load() > d.reported.Load() // no Serve is running any more
-	if replaced || d.unknown.Load() {
-		if e := d.server.Shutdown(ctx); e != nil { // it waits for those that are not in conns
-			err = e
-		}
 	}
 	if ctx.Err() != nil {
 		_ = d.server.Close()
@@ -245,11 +248,15 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("httpdrain: requests in flight aborted: %w", err)
 	}
-	if replaced {
+	if d.replaced() {
 		err = errors.Join(errReplaced, err)
 	}
 	return err
 }
+
+// replaced reports whether the server calls another ConnState. While Serve is running, it may
+// report that by mistake, which Shutdown waits for to end.
+func (d *Drainer) replaced() bool { return d.accepted.Load() > d.reported.Load() }
 
 var errReplaced = errors.New("httpdrain: no grace period, because ConnState was replaced after New")
 

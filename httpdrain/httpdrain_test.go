@@ -63,7 +63,10 @@ type service struct {
 // grace period is longer than the test, unless the test sets another.
 func startService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
 	s := &service{
-		server: &http.Server{Handler: routes{"/probe": nothing, "": handler}, TLSConfig: config},
+		server: &http.Server{
+			Handler:   routes{"/probe": nothing, "": handler},
+			TLSConfig: config.Clone(), // the server changes it
+		},
 		sl:     tcptest.Wrap(t, l),
 		config: config,
 		served: make(chan error, 1),
@@ -816,6 +819,7 @@ func TestBusyConnectionsDoNotPostponeShutdown(t *testing.T) {
 func TestTwoCallsOfDrainReturn(t *testing.T) {
 	b := newBlocking(nothing, hello)
 	s := startService(t, tcptest.Listen(t), nil, b)
+	requireOnce := countShutdowns(t, s.server)
 	c := s.get(t, "/")
 	b.awaitEntered(t)
 	first := s.startDrain(t, context.Background())
@@ -825,6 +829,22 @@ func TestTwoCallsOfDrainReturn(t *testing.T) {
 	c.Close()
 	requireDrained(t, first)
 	requireDrained(t, second)
+	requireOnce()
+}
+
+// countShutdowns registers a function with RegisterOnShutdown, which must be called once.
+func countShutdowns(t *testing.T, server *http.Server) (requireOnce func()) {
+	called := make(chan struct{}, 10)
+	server.RegisterOnShutdown(func() { called <- struct{}{} })
+	return func() {
+		t.Helper()
+		tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
+		select {
+		case <-called:
+			assert.Fail(t, "the function registered with RegisterOnShutdown is called again")
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // What Drain does not know
@@ -873,6 +893,7 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBlocking(nothing, hello)
 			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
+			requireOnce := countShutdowns(t, server)
 			drainer := httpdrain.New(server)
 			tt.replace(server)
 			l := tcptest.Listen(t)
@@ -902,6 +923,7 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 				assert.ErrorContains(t, err, tt.message)
 			}
 			assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, served, "return of Serve"))
+			requireOnce()
 		})
 	}
 }
