@@ -44,7 +44,7 @@ var passed struct {
 }
 
 // Before main, so that a process which main starts inherits neither the sockets nor the
-// variables, and that this one exits with its parent before it calls Run.
+// variables, and so that a child exits with its parent even before it calls Run.
 func init() {
 	names, ok := os.LookupEnv(socketsEnv)
 	if !ok {
@@ -158,8 +158,8 @@ func openLink(fd int) (*link, error) {
 	return &link{unix}, nil
 }
 
-// sendSockets sends sockets to the parent, and closes them. It fails if the parent has exited,
-// which the child also learns from receiveWord.
+// sendSockets sends sockets to the parent, and closes them. If the parent has exited,
+// receiveWord reports that.
 func (l *link) sendSockets(sockets []held) {
 	defer closeAll(sockets)
 	for _, s := range sockets {

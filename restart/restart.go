@@ -1,8 +1,8 @@
 // Package restart restarts a TCP server with zero downtime.
 //
-// On SIGUSR2, it starts the program again, which may be a new version. The new process inherits
-// the listening sockets; when it is ready, the old one shuts down gracefully. No connection is
-// refused or reset:
+// On SIGUSR2, it starts the program, or its new version, in a new process, which inherits the
+// listening sockets. Once that is ready, the serving process shuts down gracefully. No connection
+// is refused or reset:
 //
 //	err := restart.Run(func(ctx context.Context, p *restart.Process) error {
 //		sl, err := p.Listen("tcp", ":8080") // inherited, in a child
@@ -13,9 +13,9 @@
 //		...                                 // shut down gracefully, and return
 //	})
 //
-// Stop resets no connection, even if the service is stopped and not restarted. Then close the
-// open connections with package httpdrain, or with the graceful shutdown of another server. The
-// example of [Run] is a complete program.
+// [Process.Stop] resets no connection, within its limits, even if the service is stopped. Then
+// close the open connections with package httpdrain, or with the graceful shutdown of
+// another server. The example of [Run] is a complete program.
 //
 // # Processes
 //
@@ -25,12 +25,12 @@
 //
 // The parent runs until the service is stopped, although after the first restart it only starts
 // and stops children. Supervisors, containers and shells know its process ID, and take its exit
-// for that of the service. So no PID file has to be followed, and no process becomes an orphan,
-// unlike with packages where each new process replaces its parent (tableflip, endless).
+// for that of the service. So no PID file is needed, and no process becomes an orphan, unlike
+// with packages whose parent exits after each restart (tableflip, endless).
 //
 // A child has the arguments, the environment and the working directory that the parent was
-// started with. The parent may change its own: they are taken when this package is initialized,
-// before main. The program is that at os.Args[0], relative to this directory or found in this
+// started with. The parent may change its own in main: they are taken when this package is
+// initialized. The program is that at os.Args[0], relative to this directory or found in this
 // PATH. Standard streams are those of the parent. Other descriptors that a supervisor passes,
 // such as s6's for notifications, are only for the parent.
 //
@@ -41,7 +41,7 @@
 // # Signals
 //
 // Send signals to the parent, whose process ID is [Process.Pid]. SIGINT and SIGTERM stop the
-// service; a second one kills it. A signal that is delivered to the parent and its children
+// service; a second one kills it. If it is delivered to the parent and its children, it
 // counts once, as when Ctrl+C is typed or systemd stops the service. SIGUSR2 has an effect once
 // Run has called serve. If it arrives before the Go runtime has started, it kills the process.
 //
@@ -49,7 +49,8 @@
 // example, on to the serving process; not SIGHUP if that is ignored, as with nohup.
 //
 // If the parent is killed, a new process exits with status 1 at once, and the other children
-// shut down gracefully, so that a supervisor can start the service again.
+// shut down gracefully, so that a supervisor can start the service again. If the serving process
+// is a child and exits, whatever the reason, the service is stopped.
 //
 // # Supervisors
 //
@@ -60,14 +61,14 @@
 //	ExecStart=/usr/local/bin/server
 //	ExecReload=/bin/kill -USR2 $MAINPID
 //
-// With it, systemctl reload restarts the server. That reports only whether the signal was sent;
-// the log says if the restart failed. Other commands that send the signal are sv 2 server
+// With it, systemctl reload restarts the server. It reports only whether the signal was sent;
+// the log shows whether the restart failed. Other commands that send the signal are sv 2 server
 // (runit), supervisorctl signal USR2 server, and docker kill --signal USR2 server. If a shell
 // script starts the program, it must do so with exec.
 //
-// Listen also returns the sockets of systemd's socket activation. With these, systemctl restart
-// fails no request either, but new connections wait in the accept queue until the old process
-// has exited and the new one accepts. That requires a socket unit:
+// Listen also returns the sockets of systemd's socket activation. With these, no request fails
+// at systemctl restart either, but new connections stay in the accept queue until the service
+// accepts again. That requires a socket unit:
 //
 //	[Socket]
 //	ListenStream=8080
@@ -75,7 +76,7 @@
 // # Load balancers
 //
 // A load balancer keeps sending connections until it has noticed that the service is stopped.
-// A restart needs no such delay, because a new process serves already:
+// A restart needs no such delay, because another process already serves:
 //
 //	<-ctx.Done()
 //	if !errors.Is(context.Cause(ctx), restart.ErrReplaced) {
@@ -94,9 +95,9 @@
 //   - A framework must be able to serve a listener that it has not opened.
 //   - The parent keeps running the version of the program that it was started with, and its
 //     limits and user are those of all children.
-//   - Between a wildcard address and a specific one, a server can change only by a stop and a
-//     start: the addresses conflict while the old socket is open.
-//   - Of the sockets of socket activation, Run closes those that are not TCP listeners.
+//   - A restart cannot change a wildcard address to a specific one, or back: they conflict
+//     while the old socket is open.
+//   - Run closes sockets of socket activation that are not TCP listeners.
 //   - With systemd, notifications from children require NotifyAccess=all. WatchdogSec is not
 //     supported, because systemd expects its notifications from the parent.
 //   - In a container, where the parent is process 1, processes that outlive the children that
@@ -116,11 +117,12 @@ import (
 //
 //	errors.Is(context.Cause(ctx), restart.ErrReplaced)
 //
-// With any other cause, the service is being stopped.
+// With any other cause, this process is being stopped: with the service, or because it was
+// signaled alone, or because its parent was killed.
 var ErrReplaced = errors.New("user defined signal 2")
 
-// A Process is the running process, as [Run] passes it to serve. Multiple goroutines may
-// invoke its methods simultaneously.
+// A Process is what [Run] passes to serve: the listening sockets of the running process, and
+// its part in restarts. Multiple goroutines may invoke its methods simultaneously.
 type Process struct {
 	// ListenConfig creates the sockets that are not inherited. Set it before the first call of
 	// Listen. Inherited sockets have the options that Control has set when they were created;
@@ -130,9 +132,8 @@ type Process struct {
 	system system // what differs by system
 }
 
-// Run calls serve, and restarts the program on SIGUSR2. It returns the error of serve, in the
-// parent not before all children have exited. Call it once, from main, and exit when it
-// returns.
+// Run calls serve, and restarts the program on SIGUSR2. It returns the error of serve; in the
+// parent, after all children have exited. Call it once, from main, and exit when it returns.
 //
 // The function serve listens with p.Listen, starts to accept connections, and calls p.Ready.
 // When ctx is done, it calls p.Stop, shuts down gracefully, and returns; there is no limit on
@@ -146,12 +147,12 @@ type Process struct {
 //
 // On SIGUSR2, Run starts a new process, with the sockets that Listen keeps. Once that has called
 // Ready, ctx is done in the serving process, and an error that serve returns there is reported.
-// SIGUSR2 that arrives after Run has called serve, but before the parent or a new process is
-// ready, causes a restart after that.
+// If SIGUSR2 arrives after Run has called serve, while the parent or a new process is not ready,
+// it takes effect when that is ready.
 //
-// If the new process cannot be started, exits, or does not call Ready within a minute, after
-// which it is killed, or if its sockets cannot be received, the reason is reported, and the
-// serving process keeps serving. Reports are printed with package log.
+// If the new process cannot be started or exits, if it is not ready within a minute (then it is
+// killed), or if the parent cannot receive its sockets, the reason is reported, and the serving
+// process keeps serving. Reports are printed with package log.
 //
 // If serve returns before ctx is done in the serving process, the service stops. If that
 // process is a child, Run returns an error in the parent, unless the exit status of the child
@@ -175,7 +176,8 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 //
 // If called before Ready, Listen keeps a duplicate of the socket for the next new process. So
 // the port stays open, even if the caller closes the listener, until the service is stopped or
-// a new process has called Ready without having called Listen for it.
+// a new process has called Ready without having called Listen for it. The latter resets the
+// connections in the accept queue.
 func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableListener, error) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
@@ -189,8 +191,8 @@ func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableL
 	return stoppablelistener.New(l)
 }
 
-// Ready reports that this process accepts connections. A new process then replaces the serving
-// process. Ready closes the inherited sockets that Listen has not returned. It does nothing after
+// Ready reports that this process accepts connections. A new process then becomes the serving
+// process, unless the restart fails. Ready closes the inherited sockets that Listen has not returned. It does nothing after
 // the first call, and once the context that Run has passed to serve is done.
 func (p *Process) Ready() { p.system.ready() }
 
@@ -199,17 +201,18 @@ func (p *Process) Ready() { p.system.ready() }
 // any number of times.
 //
 // It calls the listener's Drain if the service is being stopped: in the parent because of a
-// signal, in a child if the parent says so. Then new connections are refused, and none is reset.
-// Drain affects each process that has the socket. So Stop calls the listener's Stop instead
+// signal, in a child because of the parent's word. Drain affects each process that has the
+// socket. So Stop calls the listener's Stop instead
 //
 //   - if the context is not done, or if its cause is [ErrReplaced];
-//   - if the socket comes from socket activation: connections wait there for the next start;
-//   - in a child that is signaled itself, while the parent keeps running;
+//   - if the socket comes from socket activation: connections stay in its accept queue;
+//   - in a child that is signaled, but not its parent;
 //   - in a child whose parent exits, because a supervisor may start it again;
 //   - in a child whose parent runs a version of this package that has no Stop.
 //
-// In a child that is ready and is signaled itself, Stop waits until the parent says whether it
-// stops the service. If both were signaled, that takes milliseconds; it waits at most a second.
+// In a child that is ready and is signaled itself, Stop waits for the parent's word whether the
+// service is being stopped. If both were signaled, that takes milliseconds; it waits at most a
+// second.
 //
 // On systems other than Unix, Stop always calls Drain.
 func (p *Process) Stop(sl *stoppablelistener.StoppableListener) {

@@ -128,9 +128,14 @@ func tcpListener(fd int) *net.TCPListener {
 func (s *sockets) listen(
 	config *net.ListenConfig, network, address string,
 ) (*net.TCPListener, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l := s.takeInherited(network, address)
+	name := network + " " + address
+	l := s.takeInherited(func(l inherited) bool { return l.name == name })
+	if l == nil {
+		// Without the lock: a name server, or the caller's Control, may take its time.
+		if addr, err := net.ResolveTCPAddr(network, address); err == nil {
+			l = s.takeInherited(func(l inherited) bool { return l.boundTo(network, addr) })
+		}
+	}
 	if l == nil {
 		created, err := config.Listen(context.Background(), network, address)
 		if err != nil {
@@ -138,6 +143,8 @@ func (s *sockets) listen(
 		}
 		l = created.(*net.TCPListener)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.sealed {
 		return l, nil
 	}
@@ -146,22 +153,17 @@ func (s *sockets) listen(
 		_ = l.Close()
 		return nil, err
 	}
-	s.held = append(s.held, held{network + " " + address, fd})
+	s.held = append(s.held, held{name, fd})
 	return l, nil
 }
 
-// takeInherited returns the inherited listener for an address, and nil if there is none.
-func (s *sockets) takeInherited(network, address string) *net.TCPListener {
-	i := slices.IndexFunc(s.inherited, func(l inherited) bool {
-		return l.name == network+" "+address
-	})
-	if addr, err := net.ResolveTCPAddr(network, address); i < 0 && err == nil {
-		i = slices.IndexFunc(s.inherited, func(l inherited) bool {
-			return l.boundTo(network, addr)
-		})
-	}
+// takeInherited returns the first inherited listener that matches, and nil if there is none.
+func (s *sockets) takeInherited(matches func(inherited) bool) *net.TCPListener {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.IndexFunc(s.inherited, matches)
 	if i < 0 {
-		return nil // ListenConfig.Listen reports the error, if any
+		return nil
 	}
 	l := s.inherited[i].TCPListener
 	s.inherited = slices.Delete(s.inherited, i, i+1)
@@ -223,12 +225,12 @@ func (s *sockets) take() []held {
 	return taken
 }
 
-// replace closes the held sockets, and holds others.
+// replace closes the held sockets, and holds others instead, and none that Listen returns later.
 func (s *sockets) replace(sockets []held) {
-	closeAll(s.take())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.held = sockets
+	closeAll(s.held)
+	s.held, s.sealed = sockets, true
 }
 
 func closeAll(sockets []held) {
