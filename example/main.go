@@ -15,14 +15,12 @@ import (
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 
-// drainTimeout is how long requests in flight may take after a signal.
-const drainTimeout = 10 * time.Second
-
 func main() {
 	addr := flag.String("addr", "localhost:8080", "serve HTTP on `host:port`")
+	timeout := flag.Duration("timeout", 10*time.Second, "for requests in flight after a signal")
 	flag.Parse()
 	err := restart.Run(func(ctx context.Context, p *restart.Process) error {
-		return serve(ctx, p, *addr)
+		return serve(ctx, p, *addr, *timeout)
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -30,7 +28,7 @@ func main() {
 	}
 }
 
-func serve(ctx context.Context, p *restart.Process, addr string) error {
+func serve(ctx context.Context, p *restart.Process, addr string, timeout time.Duration) error {
 	sl, err := p.Listen("tcp", addr)
 	if err != nil {
 		return err
@@ -60,7 +58,7 @@ func serve(ctx context.Context, p *restart.Process, addr string) error {
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err
 	}
-	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	drainCtx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	return drainer.Drain(drainCtx)
 }

@@ -26,7 +26,7 @@ func TestRestartFailsNoRequest(t *testing.T) {
 	load := httpload.Start(t, "http://"+addr, 8, "Hello HTTP!", func() *http.Client {
 		return httpclient.NewClient(nil, false, true)
 	})
-	for n := range tcptest.Rounds(20) {
+	for n := range tcptest.Rounds(10) {
 		load.AwaitRequests(t, 20)
 		installed.Replace(t, fmt.Sprint(n+1))
 		proctest.Signal(t, p.Process, syscall.SIGUSR2)
@@ -59,7 +59,7 @@ func TestSignalUnderLoadFailsNoRequest(t *testing.T) {
 // Ctrl+C also stops cat, after which the program writes to a closed pipe.
 func TestInterruptOfAPipeline(t *testing.T) {
 	t.Parallel()
-	for range tcptest.Rounds(20) {
+	for range tcptest.Rounds(10) {
 		p, addr := startPipeline(t)
 		server := p.Next(t)
 		inFlight := startRequest(t, addr)
@@ -71,12 +71,9 @@ func TestInterruptOfAPipeline(t *testing.T) {
 
 // startPipeline starts the program on a free port, with its standard output in a pipe to cat.
 func startPipeline(t testing.TB) (p *proctest.Program, addr string) {
-	l := tcptest.Listen(t)
-	addr = l.Addr().String()
-	require.NoError(t, l.Close())
-	cmd := exec.Command("sh", "-c", `"$0" -addr "$1" | cat`, proctest.Self(t), addr)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	p = proctest.Start(t, cmd)
-	p.RequireLines(t, "Serving HTTP")
-	return p, addr
+	return startOnFreePort(t, func(addr string) *exec.Cmd {
+		cmd := exec.Command("sh", "-c", `"$0" -addr "$1" | cat`, proctest.Self(t), addr)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		return cmd
+	})
 }
