@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,6 +30,12 @@ import (
 var none = time.Time{} // no deadline
 
 const near = 50 * time.Millisecond // from now, the deadlines that tests wait for; see inTime
+
+// The parallel tests wait most of the time, so the number of processors need not limit them.
+func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "16")
+	os.Exit(m.Run())
+}
 
 // StoppedError
 
@@ -574,7 +581,7 @@ func TestStopIsNotUndoneBySetDeadline(t *testing.T) {
 // stopAfter blocks goroutines in Accept, calls disturb, and stops them, in many rounds.
 func stopAfter(t *testing.T, disturb func(*net.TCPListener, *stoppablelistener.StoppableListener)) {
 	const acceptors = 4
-	for range tcptest.Rounds(2000) {
+	for range tcptest.Rounds(500) {
 		l := tcptest.Listen(t)
 		sl := tcptest.Wrap(t, l)
 		waiting := tcptest.AcceptMany(sl, acceptors)

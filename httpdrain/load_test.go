@@ -30,10 +30,10 @@ func TestDrainFailsNoRequestUnderLoad(t *testing.T) {
 		client
 		servers int
 	}{
-		"new connections": {client{}, 150},
-		"keep-alive":      {client{keepAlive: true}, 150},
-		"TLS":             {client{tls: true, keepAlive: true}, 30}, // most of it for handshakes
-		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 30},
+		"new connections": {client{}, 80},
+		"keep-alive":      {client{keepAlive: true}, 80},
+		"TLS":             {client{tls: true, keepAlive: true}, 20}, // most of it for handshakes
+		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 20},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -88,9 +88,9 @@ func drainUnderLoad(
 // balancer picks an instance for each connection, as a Kubernetes Service does.
 
 const (
-	rollingGrace = 500 * time.Millisecond
+	rollingGrace = 400 * time.Millisecond
 	rollingDelay = 3 * rollingGrace       // the load balancer notices after half of it
-	slowInterval = 750 * time.Millisecond // between the grace and delay + grace
+	slowInterval = 600 * time.Millisecond // between the grace and delay + grace
 	oneWayDelay  = 10 * time.Millisecond
 )
 

@@ -30,7 +30,7 @@ import (
 // In the processes that the tests start, the test binary is a server that listens on the
 // addresses in its arguments, each after its network and a comma.
 func TestMain(m *testing.M) {
-	_ = flag.Set("test.parallel", "8") // the tests wait more than they compute
+	_ = flag.Set("test.parallel", "16") // the tests wait more than they compute
 	proctest.Main(m, program)
 }
 

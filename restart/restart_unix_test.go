@@ -27,7 +27,7 @@ import (
 
 func TestRestartsFailNoRequestUnderLoad(t *testing.T) {
 	t.Parallel()
-	loads := restartUnderLoad(t, tcptest.Rounds(30), func(n int) string {
+	loads := restartUnderLoad(t, tcptest.Rounds(15), func(n int) string {
 		return fmt.Sprint("version-", n)
 	})
 	for _, load := range loads {
@@ -489,7 +489,7 @@ func TestSignalDuringARestartStopsTheService(t *testing.T) {
 		for range workers {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				for round := range tcptest.Rounds(40) / workers {
+				for round := range tcptest.Rounds(10) / workers {
 					signalDuringRestart(t, target, round)
 				}
 			})

@@ -40,7 +40,7 @@ func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for range 1 + tcptest.Rounds(30)/10 {
+			for range 1 + tcptest.Rounds(20)/10 {
 				s := start(t, "1", inGroup)
 				for n := range tt.restarts {
 					s.restart(t, fmt.Sprint(n+1), fmt.Sprint(n+2))

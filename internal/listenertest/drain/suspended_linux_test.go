@@ -2,6 +2,7 @@ package drain_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -17,7 +18,10 @@ import (
 )
 
 // TestMain runs suspended in the process that a test starts.
-func TestMain(m *testing.M) { proctest.Main(m, func(string) { suspended() }) }
+func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "16") // the tests wait more than they compute
+	proctest.Main(m, func(string) { suspended() })
+}
 
 // suspended drains a listener and suspends the process while Accept waits.
 func suspended() {

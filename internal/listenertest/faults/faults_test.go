@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { proctest.Main(m, func(string) { child() }) }
 
 // Connections are always pending, so that no Accept blocks and no poll ends.
 func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
-	const acceptors, clients, cycles = 3, 4, 300
+	const acceptors, clients, cycles = 3, 4, 200
 	l := tcptest.Listen(t)
 	stopLoad := load(t, l, clients, func(string) {})
 	for range tcptest.Rounds(cycles) {
@@ -121,7 +121,7 @@ func TestManyRoundsLeakNothing(t *testing.T) {
 		return len(files)
 	}
 	goroutines, files := runtime.NumGoroutine(), descriptors()
-	for range tcptest.Rounds(10_000) {
+	for range tcptest.Rounds(5000) {
 		sl := tcptest.Wrap(t, l)
 		client := tcptest.DialOnce(t, l)
 		conn, err := sl.Accept()
