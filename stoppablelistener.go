@@ -234,7 +234,8 @@ func (sl *StoppableListener) Stop() {
 // handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
 // nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
 // later call. After that, closing the socket resets no connection, unless a packet of its
-// handshake was lost and is sent again.
+// handshake was lost and is sent again. While no descriptor is free, Accept returns that error,
+// and not yet StoppedError.
 //
 // A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
 // Stop, do nothing. Drain may be called before the first Accept and after Close.
@@ -246,8 +247,9 @@ func (sl *StoppableListener) Stop() {
 // these if the backlog is exceeded.
 //
 // On other systems, in some sandboxes, and, without privileges, on a socket that is bound to a
-// device, connections cannot be refused. Accept returns connections for 250 ms after Drain, and then StoppedError.
-// Closing the socket then resets the connections in its accept queue and in the handshake.
+// device, connections cannot be refused. Accept returns connections for 250 ms after Drain, and
+// then StoppedError. Closing the socket then resets the connections in its accept queue and in
+// the handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()

@@ -41,9 +41,9 @@
 // # Signals
 //
 // Send signals to the parent, whose process ID is [Process.Pid]. SIGINT and SIGTERM stop the
-// service; a second one kills it. If it is delivered to the parent and its children, it
-// counts once, as when Ctrl+C is typed or systemd stops the service. SIGUSR2 has an effect once
-// Run has called serve. If it arrives before the Go runtime has started, it kills the process.
+// service; a second one kills it. One that is delivered to the parent and its children counts
+// once, as when Ctrl+C is typed or systemd stops the service. SIGUSR2 has an effect once Run has
+// called serve. If it arrives before the Go runtime has started, it kills the process.
 //
 // After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
 // example, on to the serving process; not SIGHUP if that is ignored, as with nohup.
@@ -192,8 +192,9 @@ func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableL
 }
 
 // Ready reports that this process accepts connections. A new process then becomes the serving
-// process, unless the restart fails. Ready closes the inherited sockets that Listen has not returned. It does nothing after
-// the first call, and once the context that Run has passed to serve is done.
+// process, unless the restart fails. Ready closes the inherited sockets that Listen has not
+// returned. It does nothing after the first call, and once the context that Run has passed to
+// serve is done.
 func (p *Process) Ready() { p.system.ready() }
 
 // Stop stops the accept loop of a listener that Listen has returned. Call it when the context
