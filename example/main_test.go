@@ -75,7 +75,7 @@ func TestSignalShutsDownGracefully(t *testing.T) {
 			inFlight := startRequest(t, addr)
 			proctest.Signal(t, p.Process, sig)
 			requireStopping(t, p, sig)
-			httpclient.AwaitRefused(t, addr)
+			tcptest.AwaitRefused(t, addr)
 			half.Send(t, " test\r\n\r\n")
 			_, body := half.Response(t)
 			assert.Equal(t, "Hello HTTP!\n", body)

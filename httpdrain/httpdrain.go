@@ -254,8 +254,8 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	return err
 }
 
-// replaced reports whether the server calls another ConnState. While Serve is running, it may
-// report that by mistake, which Shutdown waits for to end.
+// replaced reports whether the server calls another ConnState. It can be wrong while Serve is
+// running, which Shutdown waits for.
 func (d *Drainer) replaced() bool { return d.accepted.Load() > d.reported.Load() }
 
 var errReplaced = errors.New("httpdrain: no grace period, because ConnState was replaced after New")

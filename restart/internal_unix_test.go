@@ -12,7 +12,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/socket"
-	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -62,7 +61,7 @@ func TestChildThatIsReadyTooLateDoesNotServe(t *testing.T) {
 		assert.Equal(t, before, s.state, name)
 		_, ok := s.serving.(*child)
 		assert.False(t, ok, "%s: the child serves", name)
-		httpclient.AwaitRefused(t, l.Addr().String())
+		tcptest.AwaitRefused(t, l.Addr().String())
 	}
 }
 

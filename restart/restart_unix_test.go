@@ -235,7 +235,7 @@ func TestHelperProcessesDoNotInheritSockets(t *testing.T) {
 	s.RequireLines(t, "1 replaced: user defined signal 2")
 	require.NoError(t, s.parent.Kill())
 	s.RequireLines(t, "2 stopped: parent process exited")
-	httpclient.AwaitRefused(t, s.addrs[0])
+	tcptest.AwaitRefused(t, s.addrs[0])
 	require.NoError(t, syscall.Kill(pid, 0), "the helper is not running")
 }
 
@@ -442,7 +442,7 @@ func TestSignalStopsTheService(t *testing.T) {
 				inFlight := s.startRequest(t)
 				s.signal(t, sig)
 				s.RequireLines(t, serving+" stopped: "+sig.String())
-				httpclient.AwaitRefused(t, s.addrs[0])
+				tcptest.AwaitRefused(t, s.addrs[0])
 				inFlight.Finish(t, serving)
 				s.requireExit(t)
 				assert.Empty(t, s.Errors(t))
@@ -506,7 +506,7 @@ func signalDuringRestart(t *testing.T, target, round int) {
 	for start := time.Now(); time.Since(start) < delay; {
 	}
 	require.NoError(t, syscall.Kill(target*s.parent.Pid, syscall.SIGTERM))
-	httpclient.AwaitRefused(t, s.addrs[0])
+	tcptest.AwaitRefused(t, s.addrs[0])
 	inFlight.Finish(t, "1")
 	s.RequireStatus(t, 0)
 	for line := ""; line != "EOF"; line = s.Line(t) { // no process is left
@@ -596,7 +596,7 @@ func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
 			s.RequireStatus(t, tt.status)
 			s.RequireNoProcess(t)
 			assert.Regexp(t, tt.stderr, s.Errors(t))
-			httpclient.AwaitRefused(t, s.addrs[0])
+			tcptest.AwaitRefused(t, s.addrs[0])
 		})
 	}
 }
@@ -609,7 +609,7 @@ func TestConnectionsAreRefusedOnceTheServingChildHasExited(t *testing.T) {
 	inFlight := s.startRequest(t)
 	child := s.restart(t, "2", "3")
 	require.NoError(t, child.Kill())
-	httpclient.AwaitRefused(t, s.addrs[0])
+	tcptest.AwaitRefused(t, s.addrs[0])
 	inFlight.Finish(t, "2")
 	s.RequireStatus(t, 1)
 	s.RequireNoProcess(t)
@@ -622,7 +622,7 @@ func TestChildrenShutDownGracefullyWhenTheParentIsKilled(t *testing.T) {
 	inFlight := s.startRequest(t)
 	require.NoError(t, s.parent.Kill())
 	s.RequireLines(t, "2 stopped: parent process exited")
-	httpclient.AwaitRefused(t, s.addrs[0])
+	tcptest.AwaitRefused(t, s.addrs[0])
 	inFlight.Finish(t, "2")
 	s.RequireNoProcess(t)
 }
@@ -644,7 +644,7 @@ func TestWritesToAClosedPipeDoNotKillTheProcess(t *testing.T) {
 	inFlight := s.startRequest(t)
 	s.CloseOutput(t)
 	s.signal(t, syscall.SIGINT)
-	httpclient.AwaitRefused(t, s.addrs[0])
+	tcptest.AwaitRefused(t, s.addrs[0])
 	inFlight.Finish(t, "1")
 	s.RequireStatus(t, 0)
 }

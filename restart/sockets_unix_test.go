@@ -16,7 +16,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -43,7 +42,7 @@ func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
 	all := s.addrs
 	s.addrs = all[:1]
 	s.restart(t, "1", "2,"+listensLess)
-	httpclient.AwaitRefused(t, all[1])
+	tcptest.AwaitRefused(t, all[1])
 	require.Equal(t, "2", getFrom(t, all[0], "/"))
 
 	s.install(t, "3,"+listensMore)
@@ -58,7 +57,7 @@ func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
 	}
 	s.stop(t, "4")
 	for _, addr := range more {
-		httpclient.AwaitRefused(t, addr)
+		tcptest.AwaitRefused(t, addr)
 	}
 }
 
@@ -71,7 +70,7 @@ func TestOldProcessKeepsNoDuplicate(t *testing.T) {
 	inFlight := s.startRequest(t)
 	s.addrs = all[:1]
 	s.restart(t, "2", "3,"+listensLess)
-	httpclient.AwaitRefused(t, all[1])
+	tcptest.AwaitRefused(t, all[1])
 	inFlight.Finish(t, "2")
 	s.stop(t, "3")
 }
@@ -79,9 +78,9 @@ func TestOldProcessKeepsNoDuplicate(t *testing.T) {
 func TestListenAfterReadyKeepsNoDuplicate(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
-	httpclient.AwaitRefused(t, s.get(t, "/listen-and-close"))
+	tcptest.AwaitRefused(t, s.get(t, "/listen-and-close"))
 	s.restart(t, "1", "2")
-	httpclient.AwaitRefused(t, s.get(t, "/listen-and-close"))
+	tcptest.AwaitRefused(t, s.get(t, "/listen-and-close"))
 	s.stop(t, "2")
 }
 
@@ -204,7 +203,7 @@ func TestInheritedSocketsThatListenDoesNotReturnAreClosed(t *testing.T) {
 	used, unused := tcptest.Listen(t), tcptest.Listen(t)
 	s := start(t, "1", on("tcp,"+used.Addr().String()), activated(t, "$$", unused, used))
 	require.NoError(t, unused.Close())
-	httpclient.AwaitRefused(t, unused.Addr().String())
+	tcptest.AwaitRefused(t, unused.Addr().String())
 	require.Equal(t, "1", s.get(t, "/"))
 }
 
@@ -272,7 +271,7 @@ func TestHelperProcessesDoNotInheritActivatedSockets(t *testing.T) {
 	require.NoError(t, l.Close())
 	s.signal(t, syscall.SIGTERM)
 	s.RequireStatus(t, 0)
-	httpclient.AwaitRefused(t, l.Addr().String())
+	tcptest.AwaitRefused(t, l.Addr().String())
 	require.NoError(t, syscall.Kill(pid, 0), "the helper is not running")
 }
 

@@ -132,6 +132,13 @@ func TestStopInAChild(t *testing.T) {
 		return func(t *testing.T, _ *service, p parentEnd) { p.send(t, sig) }
 	}
 	signaled := func(t *testing.T, s *service, _ parentEnd) { s.signal(t, syscall.SIGTERM) }
+	signaledAndThen := func(then func(*testing.T, parentEnd)) func(*testing.T, *service, parentEnd) {
+		return func(t *testing.T, s *service, p parentEnd) {
+			signaled(t, s, p)
+			s.RequireLines(t, "1 is done")
+			then(t, p)
+		}
+	}
 	for name, tt := range map[string]struct {
 		variables []string
 		stop      func(*testing.T, *service, parentEnd)
@@ -158,29 +165,17 @@ func TestStopInAChild(t *testing.T) {
 		},
 		"signaled itself, and the parent stops the service": {
 			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			func(t *testing.T, s *service, p parentEnd) {
-				signaled(t, s, p)
-				s.RequireLines(t, "1 is done")
-				p.send(t, syscall.SIGTERM)
-			},
+			signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGTERM) }),
 			isDrained, "stopped: terminated",
 		},
 		"signaled itself, and replaced": {
 			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			func(t *testing.T, s *service, p parentEnd) {
-				signaled(t, s, p)
-				s.RequireLines(t, "1 is done")
-				p.send(t, syscall.SIGUSR2)
-			},
+			signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGUSR2) }),
 			isStopped, "stopped: terminated",
 		},
 		"signaled itself, and the parent exits": {
 			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			func(t *testing.T, s *service, p parentEnd) {
-				signaled(t, s, p)
-				s.RequireLines(t, "1 is done")
-				require.NoError(t, p.Close())
-			},
+			signaledAndThen(func(t *testing.T, p parentEnd) { require.NoError(t, p.Close()) }),
 			isStopped, "stopped: terminated",
 		},
 		"the socket comes from socket activation": {

@@ -67,6 +67,16 @@ func (c *Conn) StartPost(t testing.TB, path string) {
 	require.Equal(t, http.StatusContinue, resp.StatusCode)
 }
 
+// Finish sends the body of a request, which is one byte, requires the body of the response to be
+// want, and closes the connection.
+func (c *Conn) Finish(t testing.TB, want string) {
+	t.Helper()
+	c.Send(t, "x")
+	_, body := c.Response(t)
+	require.Equal(t, want, body, "body of the response")
+	c.Close()
+}
+
 // Response returns the next response and its body.
 func (c *Conn) Response(t testing.TB) (*http.Response, string) {
 	t.Helper()

@@ -49,7 +49,7 @@ var dialAfterDrain = sync.OnceValue(func() error {
 		return err
 	}
 	sl.Drain()
-	return dialOnly(l)
+	return dialOnly(l.Addr().String(), Patience)
 })
 
 // linuxRelease is the version of Linux, if that is 5.7 or newer, or not known; otherwise empty.
@@ -72,12 +72,20 @@ func linuxRelease() string {
 // RequireRefused requires the system to refuse a new connection to l.
 func RequireRefused(t testing.TB, l net.Listener) {
 	t.Helper()
-	err := dialOnly(l)
+	err := dialOnly(l.Addr().String(), Patience)
 	require.True(t, IsRefused(err), "the connection is not refused, connect returned: %v", err)
 }
 
-func dialOnly(l net.Listener) error {
-	conn, err := net.DialTimeout("tcp", l.Addr().String(), Patience)
+// AwaitRefused waits until the system refuses new connections to addr.
+func AwaitRefused(t testing.TB, addr string) {
+	t.Helper()
+	Await(t, "refusal of connections to "+addr, func() bool {
+		return IsRefused(dialOnly(addr, time.Second))
+	})
+}
+
+func dialOnly(addr string, timeout time.Duration) error {
+	conn, err := net.DialTimeout("tcp", addr, timeout)
 	if err == nil {
 		conn.Close()
 	}
