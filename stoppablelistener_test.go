@@ -1,12 +1,11 @@
-// The tests of this file check the promises of the doc comments, in their order. Load, faults
-// and random histories are in directories of internal, and so are the benchmarks.
+// The tests of this file check the promises of the doc comments, in their order. Load, faults,
+// random histories and benchmarks are in internal/listenertest.
 package stoppablelistener_test
 
 import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -31,11 +30,8 @@ var none = time.Time{} // no deadline
 
 const near = 50 * time.Millisecond // from now, the deadlines that tests wait for; see inTime
 
-// The parallel tests wait most of the time, so the number of processors need not limit them.
-func TestMain(m *testing.M) {
-	_ = flag.Set("test.parallel", "16")
-	os.Exit(m.Run())
-}
+// The processes that the tests start exit at once.
+func TestMain(m *testing.M) { proctest.Main(m, func(string) {}) }
 
 // StoppedError
 
@@ -401,6 +397,7 @@ func TestFileIsADuplicate(t *testing.T) {
 // SetDeadline
 
 func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {
+	t.Parallel()
 	const (
 		past  = -time.Hour
 		clear = 0
@@ -423,6 +420,7 @@ func TestSetDeadlineDoesWhatThatOfPackageNetDoes(t *testing.T) {
 		{"cleared while blocked", []time.Duration{near}, []time.Duration{clear}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			l := tcptest.Listen(t)
 			sl := tcptest.Wrap(t, l)
 			var deadline, end time.Time
@@ -502,7 +500,7 @@ func TestSetDeadlineAfterStopChangesNothing(t *testing.T) {
 
 // The goroutines that Stop interrupts may not have returned yet when SetDeadline is called.
 func TestSetDeadlineAfterStopDoesNotDelayAccept(t *testing.T) {
-	for range 300 {
+	for range tcptest.Rounds(300) {
 		sl := tcptest.Wrap(t, tcptest.Listen(t))
 		waiting := tcptest.AcceptMany(sl, 3)
 		tcptest.AwaitAcceptors(t, 3)
@@ -617,7 +615,8 @@ func TestStopBeforeTheFirstAccept(t *testing.T) {
 
 func TestStopBeforeAndAfterClose(t *testing.T) {
 	t.Run("before", func(t *testing.T) {
-		for range 300 { // the goroutines that Stop interrupts may return before Close or after
+		// The goroutines that Stop interrupts may return before Close or after.
+		for range tcptest.Rounds(300) {
 			sl := tcptest.Wrap(t, tcptest.Listen(t))
 			waiting := tcptest.AcceptMany(sl, 2)
 			tcptest.AwaitAcceptors(t, 2)
@@ -806,6 +805,7 @@ func TestHTTPServerRespondsToPendingRequestsAfterDrain(t *testing.T) {
 }
 
 func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
+	t.Parallel()
 	const acceptors = 100
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
 	waiting := tcptest.AcceptMany(sl, acceptors)
@@ -914,7 +914,8 @@ func TestDrainBeforeTheFirstAccept(t *testing.T) {
 
 func TestDrainBeforeAndAfterClose(t *testing.T) {
 	t.Run("before", func(t *testing.T) {
-		for range 100 { // the goroutines that Drain wakes may return before Close or after
+		// The goroutines that Drain wakes may return before Close or after.
+		for range tcptest.Rounds(100) {
 			sl := tcptest.Wrap(t, tcptest.Listen(t))
 			waiting := tcptest.AcceptMany(sl, 2)
 			tcptest.AwaitAcceptors(t, 2)
@@ -950,6 +951,7 @@ func TestDrainFromAHandler(t *testing.T) {
 }
 
 func TestDeadlineDoesNotCountAfterDrain(t *testing.T) {
+	t.Parallel()
 	for name, before := range map[string]time.Duration{
 		"past": -time.Hour,
 		"near": tcptest.DrainWait / 2, // while Accept waits
@@ -970,6 +972,7 @@ func TestDeadlineDoesNotCountAfterDrain(t *testing.T) {
 }
 
 func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
+	t.Parallel()
 	for name, deadline := range map[string]time.Time{
 		"past": tcptest.Past, "far": time.Now().Add(time.Hour), "cleared": none,
 	} {
@@ -1018,7 +1021,7 @@ func TestDrainStartsNoGoroutine(t *testing.T) {
 
 // runChild runs a child process that inherits file and exits at once.
 func runChild(t *testing.T, file *os.File) {
-	cmd := exec.Command(proctest.Self(t), "-test.run", "^$")
+	cmd := exec.Command(proctest.Self(t))
 	cmd.ExtraFiles = []*os.File{file}
 	proctest.Start(t, cmd).RequireStatus(t, 0)
 }

@@ -66,6 +66,7 @@ func requireStopping(t testing.TB, p *proctest.Program, sig os.Signal) {
 }
 
 func TestSignalShutsDownGracefully(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
@@ -104,7 +105,7 @@ func TestSecondSignalExitsAtOnce(t *testing.T) {
 
 func TestRequestsInFlightAreAbortedAfterTheTimeout(t *testing.T) {
 	t.Parallel()
-	p, addr := startServing(t, proctest.Self(t), "-timeout", "500ms")
+	p, addr := startServing(t, proctest.Self(t), "-timeout", "100ms")
 	inFlight := startRequest(t, addr)
 	proctest.Signal(t, p.Process, os.Interrupt)
 	requireStopping(t, p, os.Interrupt)
@@ -115,6 +116,7 @@ func TestRequestsInFlightAreAbortedAfterTheTimeout(t *testing.T) {
 }
 
 func TestErrors(t *testing.T) {
+	t.Parallel()
 	busy := tcptest.Listen(t).Addr().String()
 	for name, tt := range map[string]struct {
 		args   []string

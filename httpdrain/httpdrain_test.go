@@ -4,7 +4,6 @@ package httpdrain_test
 import (
 	"context"
 	"crypto/tls"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,12 +28,7 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-// The parallel tests wait most of the time, so the number of processors need not limit them.
 func TestMain(m *testing.M) {
-	flag.Parse()
-	if err := flag.Set("test.parallel", "16"); err != nil {
-		panic(err)
-	}
 	proctest.Main(m, func(string) {
 		if len(os.Args) > 1 {
 			idleClients(os.Args[1])
@@ -418,6 +412,7 @@ func TestStreamsEndOnRegisterOnShutdown(t *testing.T) {
 // DisableKeepAlives
 
 func TestDisableKeepAlivesChangesOnlyTheResponses(t *testing.T) {
+	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
 		s := startService(t, tcptest.Listen(t), config, hello)
 		idle := s.get(t, "/")
@@ -469,6 +464,7 @@ func TestDisableKeepAlivesLeavesHTTP2Alone(t *testing.T) {
 // Drain
 
 func TestDrainServesOpenConnections(t *testing.T) {
+	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
 		b := newBlocking(nothing, hello)
 		s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/blocking": b})
@@ -514,6 +510,7 @@ func TestDrainReturnsAtOnceIfNoConnectionIsLeft(t *testing.T) {
 }
 
 func TestDrainClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
+	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
 		s := startService(t, tcptest.Listen(t), config, hello)
 		s.drainer.Grace = shortGrace
@@ -589,6 +586,7 @@ func TestDrainClosesIdleConnectionsWithoutAnErrorWhenTheContextIsDone(t *testing
 // Hijacked connections, with a response before (CONNECT) and without (WebSocket). x/net's h2c
 // reports states of connections after it has hijacked them.
 func TestDrainIgnoresHijackedConnections(t *testing.T) {
+	t.Parallel()
 	for name, before := range map[string]func(http.ResponseWriter, *service){
 		"at once":           func(http.ResponseWriter, *service) {},
 		"after WriteHeader": func(w http.ResponseWriter, _ *service) { w.WriteHeader(http.StatusOK) },
@@ -657,6 +655,9 @@ func TestDrainStopsServe(t *testing.T) {
 // One HTTP/2 connection is idle. The other has two requests in flight: one response has not
 // started when Drain is called, the other has.
 func TestDrainShutsDownHTTP2(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes more than a second")
+	}
 	t.Parallel()
 	config := httpclient.ServerTLS()
 	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
@@ -764,6 +765,9 @@ func TestDrainSendsGOAWAYWithTheResponseToTheOnlyRequestInFlight(t *testing.T) {
 
 // It was in flight when Drain was called, so its response carries no Connection: close.
 func TestConnectionStaysIdleForGraceAfterAResponse(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes two seconds")
+	}
 	t.Parallel()
 	b := newBlocking(nothing, hello)
 	s := startService(t, tcptest.Listen(t), nil, b)
@@ -817,6 +821,7 @@ func TestBusyConnectionsDoNotPostponeShutdown(t *testing.T) {
 }
 
 func TestTwoCallsOfDrainReturn(t *testing.T) {
+	t.Parallel()
 	b := newBlocking(nothing, hello)
 	s := startService(t, tcptest.Listen(t), nil, b)
 	requireOnce := countShutdowns(t, s.server)
@@ -876,6 +881,7 @@ func (l tagging) Accept() (net.Conn, error) {
 }
 
 func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		listener func(net.Listener) net.Listener
 		replace  func(*http.Server)
@@ -891,6 +897,7 @@ func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			b := newBlocking(nothing, hello)
 			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
 			requireOnce := countShutdowns(t, server)

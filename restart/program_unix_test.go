@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -29,10 +28,7 @@ import (
 
 // In the processes that the tests start, the test binary is a server that listens on the
 // addresses in its arguments, each after its network and a comma.
-func TestMain(m *testing.M) {
-	_ = flag.Set("test.parallel", "16") // the tests wait more than they compute
-	proctest.Main(m, program)
-}
+func TestMain(m *testing.M) { proctest.Main(m, program) }
 
 // These are features of a version of the program. Its name and its features are separated by
 // commas.

@@ -68,6 +68,9 @@ func restartUnderLoad(
 }
 
 func TestRestartsLeaveNoDescriptorsOpen(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	s := start(t, "0")
 	var child proctest.Process
@@ -142,11 +145,11 @@ func TestFailedRestartsChangeNothing(t *testing.T) {
 // The timeout may be over before the new process has reported its start to the test.
 func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
 	t.Parallel()
-	s := start(t, "1", with(readyTimeoutEnv+"=300ms"))
+	s := start(t, "1", with(readyTimeoutEnv+"=100ms"))
 	for n := range 2 {
 		s.install(t, "2,"+hangs)
 		s.awaitReport(t, n+1,
-			"restart: not restarted: process [0-9]+ was not ready within 300ms")
+			"restart: not restarted: process [0-9]+ was not ready within 100ms")
 		var pid int
 		_, err := fmt.Sscanf(strings.Split(s.Errors(t), "\n")[n],
 			"restart: not restarted: process %d", &pid)
@@ -360,6 +363,7 @@ func TestHangupThatIsIgnoredIsNotPassedOn(t *testing.T) {
 // SIGCHLD
 
 func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
+	t.Parallel()
 	for _, feature := range []string{ignoresCHLD, reaps} {
 		t.Run(feature, func(t *testing.T) {
 			t.Parallel()
@@ -386,6 +390,7 @@ func TestNoProcessIsClonedOnceServeIsCalled(t *testing.T) {
 // Child processes without a parent
 
 func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
+	t.Parallel()
 	for name, pass := range map[string]func(t *testing.T, cmd *exec.Cmd){
 		"no descriptor": func(*testing.T, *exec.Cmd) {},
 		"file": func(t *testing.T, cmd *exec.Cmd) {
@@ -406,6 +411,7 @@ func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
 }
 
 func TestNewProcessExitsWithItsParent(t *testing.T) {
+	t.Parallel()
 	for _, feature := range []string{hangs, waits} { // before Run, and before Ready
 		t.Run(feature, func(t *testing.T) {
 			t.Parallel()
@@ -429,6 +435,7 @@ func TestNewProcessExitsWithItsParent(t *testing.T) {
 // Stop
 
 func TestSignalStopsTheService(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		for _, restarted := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v, restarted %v", sig, restarted), func(t *testing.T) {
@@ -453,6 +460,7 @@ func TestSignalStopsTheService(t *testing.T) {
 
 // The program exits with status 4 because of that error.
 func TestErrorOfServeIsThatOfTheService(t *testing.T) {
+	t.Parallel()
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
 			t.Parallel()
@@ -484,6 +492,7 @@ func TestSignalOfTheWholeGroupCountsOnce(t *testing.T) {
 
 // The service is stopped at some point of its first restart, while a request is in flight.
 func TestSignalDuringARestartStopsTheService(t *testing.T) {
+	t.Parallel()
 	const workers = 5
 	for name, target := range map[string]int{"process": 1, "group": -1} {
 		for range workers {
@@ -514,6 +523,7 @@ func signalDuringRestart(t *testing.T, target, round int) {
 }
 
 func TestSecondSignalKillsAllProcesses(t *testing.T) {
+	t.Parallel()
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
 			t.Parallel()
@@ -569,6 +579,7 @@ func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
 }
 
 func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		exit   func(t *testing.T, s *service, child proctest.Process)
 		status int

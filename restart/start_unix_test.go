@@ -56,6 +56,7 @@ func TestNewProcessHasTheStandardStreamsOfTheParent(t *testing.T) {
 
 // As in "cd current && ./server", where current is a symbolic link to a release.
 func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
+	t.Parallel()
 	for name, script := range map[string]string{
 		"relative path": `cd current && exec ./program "$2"`,
 		"absolute path": `cd current && exec "$PWD/program" "$2"`,
@@ -96,6 +97,7 @@ func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
 
 // The program changes PATH and its directory.
 func TestProgramIsFoundInThePATHOfTheParent(t *testing.T) {
+	t.Parallel()
 	for name, path := range map[string]func(dir string) string{
 		"absolute": func(dir string) string { return dir },
 		"relative": func(string) string { return "." },

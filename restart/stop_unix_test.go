@@ -30,6 +30,7 @@ import (
 // The last stop of the service is Drain
 
 func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("Drain does not refuse connections here")
 	}
@@ -127,6 +128,7 @@ func (p parentEnd) send(t *testing.T, sig syscall.Signal) {
 }
 
 func TestStopInAChild(t *testing.T) {
+	t.Parallel()
 	const isDrained, isStopped = true, false
 	word := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
 		return func(t *testing.T, _ *service, p parentEnd) { p.send(t, sig) }
@@ -251,6 +253,7 @@ func TestNewProcessThatIsSignaledDoesNotDrain(t *testing.T) {
 }
 
 func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
+	t.Parallel()
 	for _, feature := range []string{hangs, waits, isLate} {
 		t.Run(feature, func(t *testing.T) {
 			t.Parallel()
@@ -267,6 +270,7 @@ func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
 // A service stays reachable, whatever has stopped one of its processes
 
 func TestServiceOfSocketActivationStaysReachable(t *testing.T) {
+	t.Parallel()
 	for _, restarts := range []int{0, 2} {
 		t.Run(fmt.Sprint(restarts, " restarts"), func(t *testing.T) {
 			t.Parallel()
@@ -303,6 +307,7 @@ func TestServiceStaysReachableIfAnOldProcessIsSignaled(t *testing.T) {
 
 // The next one listens on the same port.
 func TestServiceCanBeStartedAgain(t *testing.T) {
+	t.Parallel()
 	for name, exit := range map[string]func(t *testing.T, s *service, child proctest.Process){
 		"the service is stopped": func(t *testing.T, s *service, _ proctest.Process) {
 			s.signal(t, syscall.SIGTERM)
@@ -325,7 +330,7 @@ func TestServiceCanBeStartedAgain(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := start(t, "1")
+			s := start(t, "1", with(wordTimeoutEnv+"=100ms"))
 			exit(t, s, s.restart(t, "1", "2"))
 			s.RequireNoProcess(t)
 			again := start(t, "again", on("tcp,"+s.addrs[0]))

@@ -7,6 +7,7 @@ package proctest
 import (
 	"bufio"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,6 +30,8 @@ const (
 func Main(m *testing.M, program func(version string)) {
 	addr := os.Getenv(reportEnv)
 	if addr == "" {
+		// The tests wait most of the time, so the number of processors need not limit them.
+		_ = flag.Set("test.parallel", "16")
 		os.Exit(m.Run())
 	}
 	conn, err := net.Dial("tcp", addr)

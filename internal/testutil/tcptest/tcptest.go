@@ -122,14 +122,14 @@ func AcceptMany(l net.Listener, n int) <-chan Accepted {
 	return results
 }
 
-// AwaitAcceptors waits until n goroutines are blocked in an Accept of package net.
+// AwaitAcceptors waits until n goroutines that the calling goroutine has started are blocked in an
+// Accept of package net. Those of parallel tests do not count.
 func AwaitAcceptors(t testing.TB, n int) {
 	t.Helper()
 	awaitAcceptors(t, n, nil)
 }
 
-// AwaitAcceptor waits until a goroutine is blocked in an Accept of package net, or results has
-// what it has returned.
+// AwaitAcceptor waits until such a goroutine is blocked, or results has what it has returned.
 func AwaitAcceptor(t testing.TB, results <-chan Accepted) {
 	t.Helper()
 	awaitAcceptors(t, 1, results)
@@ -147,11 +147,13 @@ func awaitAcceptors(t testing.TB, n int, results <-chan Accepted) {
 			continue
 		}
 		blocked := 0
+		self, _, _ := bytes.Cut(stacks, []byte(" [")) // "goroutine 20": the calling one is the first
 		for _, g := range bytes.Split(stacks, []byte("\n\n")) {
 			state, stack, _ := bytes.Cut(g, []byte("\n"))
 			waiting := bytes.Contains(state, []byte("[IO wait")) ||
 				bytes.Contains(state, []byte("[semacquire"))
-			if waiting && bytes.Contains(stack, []byte("internal/poll.(*FD).Accept")) {
+			ours := bytes.Contains(stack, fmt.Appendf(nil, " in %s\n", self))
+			if waiting && ours && bytes.Contains(stack, []byte("internal/poll.(*FD).Accept")) {
 				blocked++
 			}
 		}

@@ -1,8 +1,7 @@
-package drain_test
+package listenertest_test
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -17,11 +16,7 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-// TestMain runs suspended in the process that a test starts.
-func TestMain(m *testing.M) {
-	_ = flag.Set("test.parallel", "16") // the tests wait more than they compute
-	proctest.Main(m, func(string) { suspended() })
-}
+func init() { programs["suspended"] = suspended }
 
 // suspended drains a listener and suspends the process while Accept waits.
 func suspended() {
@@ -49,7 +44,7 @@ func suspended() {
 func TestConnectionThatComesWhileTheProcessIsSuspended(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
-	cmd := exec.Command(proctest.Self(t))
+	cmd := exec.Command(proctest.Self(t), "suspended")
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
 	stdin, err := cmd.StdinPipe()
 	require.NoError(t, err)

@@ -1,9 +1,9 @@
-// The benchmarks of this directory compare a StoppableListener with the plain listener and with
+// The benchmarks of this file compare a StoppableListener with the plain listener and with
 // the classic one-second poll.
 //
 // The variants of a benchmark take turns within each iteration, so that other load of the
 // machine affects all of them. Each has metrics of its own, which are medians.
-package benchmarks_test
+package listenertest_test
 
 import (
 	"errors"
@@ -29,9 +29,6 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
-
-// TestMain runs idle in the processes that BenchmarkIdle starts.
-func TestMain(m *testing.M) { proctest.Main(m, func(string) { idle(os.Args[1]) }) }
 
 func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, 1) }
 
@@ -275,7 +272,7 @@ func BenchmarkIdle(b *testing.B) {
 	for range b.N {
 		programs := make([]*proctest.Program, len(variants))
 		for i, variant := range variants {
-			programs[i] = proctest.Start(b, exec.Command(proctest.Self(b), variant.name))
+			programs[i] = proctest.Start(b, exec.Command(proctest.Self(b), "idle", variant.name))
 		}
 		for i, p := range programs {
 			<-p.Next(b).Exited // after a minute
@@ -291,10 +288,10 @@ func BenchmarkIdle(b *testing.B) {
 	assert.InDelta(b, 1, wakeUps.quantile(ours, 0.5), 0.3, "wake-ups a minute")
 }
 
-// idle prints how often a goroutine of that variant wakes up in a minute.
-func idle(name string) {
+// idle prints how often a goroutine of the variant in the arguments wakes up in a minute.
+func idle() {
 	const listeners = 2000
-	b := proctest.TB{}
+	b, name := proctest.TB{}, os.Args[2]
 	variant := variants[slices.IndexFunc(variants, func(v variant) bool { return v.name == name })]
 	for i := range listeners {
 		l, _ := variant.wrap(b, tcptest.Listen(b))

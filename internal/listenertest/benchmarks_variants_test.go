@@ -1,4 +1,4 @@
-package benchmarks_test
+package listenertest_test
 
 import (
 	"errors"

@@ -1,6 +1,6 @@
-// The tests of this directory are what happens to an accept loop in production: load, a child
-// process that serves the same socket, no free descriptor, and thousands of rounds.
-package faults_test
+// The tests of this file are what happens to an accept loop in production: load, a child process
+// that serves the same socket, and thousands of rounds.
+package listenertest_test
 
 import (
 	"io"
@@ -19,11 +19,9 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-// TestMain runs child in the process that a test starts.
-func TestMain(m *testing.M) { proctest.Main(m, func(string) { child() }) }
-
 // Connections are always pending, so that no Accept blocks and no poll ends.
 func TestSaturatedAcceptLoopsStopAndDropNoConnection(t *testing.T) {
+	t.Parallel()
 	const acceptors, clients, cycles = 3, 4, 200
 	l := tcptest.Listen(t)
 	stopLoad := load(t, l, clients, func(string) {})
@@ -77,6 +75,7 @@ func child() {
 
 // The child process is started while the parent accepts.
 func TestChildProcessServesTheSameSocket(t *testing.T) {
+	t.Parallel()
 	proctest.RequireInheritance(t)
 	for range 3 {
 		l := tcptest.Listen(t)
@@ -94,7 +93,7 @@ func TestChildProcessServesTheSameSocket(t *testing.T) {
 
 		file, err := sl.File()
 		require.NoError(t, err)
-		cmd := exec.Command(proctest.Self(t))
+		cmd := exec.Command(proctest.Self(t), "child")
 		cmd.ExtraFiles = []*os.File{file}
 		stdin, err := cmd.StdinPipe()
 		require.NoError(t, err)

@@ -1,6 +1,6 @@
 //go:build amd64 || arm64
 
-package drain_test
+package listenertest_test
 
 import (
 	"os"
@@ -15,6 +15,7 @@ import (
 // In gVisor, setting an option that it does not know succeeds and has no effect. A filter of system
 // calls does the same here.
 func TestConnectionsThatASandboxDoesNotRefuse(t *testing.T) {
+	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	tcptest.RequireAcceptsUntilStopped(t, sl, func() {

@@ -1,4 +1,4 @@
-package drain_test
+package listenertest_test
 
 import (
 	"context"
@@ -75,9 +75,11 @@ func (k kind) dial(addr string) (*net.TCPConn, error) {
 }
 
 func TestHandshakesThatHaveStartedComplete(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	for name, k := range kinds {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			for attempt := 1; !completeHandshakes(t, k); attempt++ {
 				require.Less(t, attempt, 10, "the machine is too slow: each handshake lasts too long")
 			}
@@ -157,6 +159,7 @@ func TestNewConnectionsAreRefusedAtOnce(t *testing.T) {
 }
 
 func TestDrainNeedsNoPrivilege(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
@@ -168,6 +171,9 @@ func TestDrainNeedsNoPrivilege(t *testing.T) {
 // While one of two sockets at the same address is drained, the kernel may still choose it for a new
 // connection. It drops the SYN then, and the client sends it again a second later.
 func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes more than a second")
+	}
 	t.Parallel()
 	tcptest.RequireRefusal(t)
 	config := withOption(syscall.SOL_SOCKET, soReusePort, 1)
@@ -218,11 +224,13 @@ func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
 
 // Accept keeps returning connections for some time, but not forever.
 func TestConnectionsThatASocketBoundToADeviceDoesNotRefuse(t *testing.T) {
+	t.Parallel()
 	sl, drain := wrapBoundToDevice(t)
 	tcptest.RequireAcceptsUntilStopped(t, sl, drain)
 }
 
 func TestSlowLoopOnASocketBoundToADevice(t *testing.T) {
+	t.Parallel()
 	sl, drain := wrapBoundToDevice(t)
 	drain()
 	tcptest.Dial(t, sl) // not refused

@@ -1,6 +1,6 @@
-// The tests of this directory execute random histories: several goroutines call the methods
+// The tests of this file execute random histories: several goroutines call the methods
 // of one wrapper after another, and their results are checked against a model afterwards.
-package histories_test
+package listenertest_test
 
 import (
 	"encoding/binary"
@@ -22,6 +22,7 @@ import (
 // Each byte of a history is an operation and the goroutine that does it. The seed reproduces
 // the history, but not its schedule.
 func TestRandomHistories(t *testing.T) {
+	t.Parallel()
 	for range tcptest.Rounds(500) {
 		seed := rand.Uint64()
 		history := randomHistory(seed)
@@ -33,6 +34,7 @@ func TestRandomHistories(t *testing.T) {
 
 // In most of the histories above, Stop ends Drain.
 func TestRandomHistoriesThatWaitAfterDrain(t *testing.T) {
+	t.Parallel()
 	const histories = 50
 	results := make(chan error, histories)
 	for range histories {

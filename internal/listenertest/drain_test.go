@@ -1,6 +1,6 @@
-// The tests of this directory are Drain in production: clients that connect without pause, slow
-// accept loops, and what depends on Linux.
-package drain_test
+// The tests of this file are Drain in production: clients that connect without pause, and slow
+// accept loops. What depends on Linux is in drain_linux_test.go.
+package listenertest_test
 
 import (
 	"fmt"
@@ -35,6 +35,9 @@ func TestEachConnectionIsServedOrRefused(t *testing.T) {
 		{"very slow accept loop", 1, 1, 4, 1, tcptest.DrainWait * 6 / 5},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			if tt.takes > 0 && testing.Short() {
+				t.Skip("takes more than a second")
+			}
 			t.Parallel()
 			for range tt.rounds {
 				l := tcptest.Listen(t)
@@ -129,7 +132,7 @@ func echo(t testing.TB, conn net.Conn) {
 func TestClientsOfAnHTTPServerSeeNothingButRefusal(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
-	for range 3 {
+	for range 1 + tcptest.Rounds(2) {
 		l := tcptest.Listen(t)
 		sl := tcptest.Wrap(t, l)
 		handler := func(w http.ResponseWriter, r *http.Request) {
