@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -63,7 +62,9 @@ func init() {
 		passed.err = err
 		return
 	}
-	passed.parent = &parent{pid: os.Getppid(), link: l, told: make(chan struct{})}
+	passed.parent = &parent{
+		pid: os.Getppid(), link: l, childReady: make(chan struct{}), told: make(chan struct{}),
+	}
 	go passed.parent.receive()
 }
 
@@ -71,7 +72,7 @@ func init() {
 type parent struct {
 	pid        int
 	link       *link
-	childReady atomic.Bool
+	childReady chan struct{}  // closed by Ready
 	told       chan struct{}  // closed when the parent has sent its word, or has exited
 	word       syscall.Signal // valid when told is closed; 0 if the parent has exited without one
 }
@@ -79,7 +80,7 @@ type parent struct {
 // receive waits for the parent's word. A child that is not ready exits with its parent.
 func (p *parent) receive() {
 	p.word = p.link.receiveWord()
-	if p.word == 0 && !p.childReady.Load() {
+	if p.word == 0 && !closed(p.childReady) {
 		log.Fatalf("restart: %v before process %d was ready", errParentExited, os.Getpid())
 	}
 	close(p.told)

@@ -44,6 +44,9 @@ func (s *system) run(serve func(context.Context) error) error {
 	s.sockets.inherit()
 	s.parent = passed.parent
 	s.waited, s.isReady = make(chan struct{}), make(chan struct{})
+	if s.parent != nil {
+		s.isReady = s.parent.childReady
+	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -107,7 +110,6 @@ func (s *system) ready() {
 	}
 	s.sockets.seal()
 	if s.parent != nil {
-		s.parent.childReady.Store(true)
 		s.parent.link.sendSockets(s.sockets.take())
 	}
 }
