@@ -48,6 +48,7 @@ const (
 	announces   = "announces"   // prints a line when ctx is done
 	isLate      = "isLate"      // listens when ctx is done
 	controls    = "controls"    // prints a line for each socket that it creates
+	isStuck     = "isStuck"     // in Listen, as if a name server did not respond
 	atLimit     = "atLimit"     // listens twice when only one descriptor is free
 	clones      = "clones"      // prints whether os.FindProcess clones the process
 	listensLess = "listensLess" // not on the last address
@@ -238,6 +239,13 @@ func (in *instance) beforeListen(ctx context.Context) {
 	if in.has(controls) {
 		in.process.ListenConfig.Control = func(network, address string, _ syscall.RawConn) error {
 			fmt.Println(in.name, "controls", network)
+			return nil
+		}
+	}
+	if in.has(isStuck) {
+		in.process.ListenConfig.Control = func(string, string, syscall.RawConn) error {
+			fmt.Println(in.name, "is stuck")
+			<-time.After(time.Hour)
 			return nil
 		}
 	}

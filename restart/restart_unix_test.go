@@ -547,6 +547,22 @@ func TestSecondSignalKillsAllProcesses(t *testing.T) {
 	}
 }
 
+func TestSecondSignalKillsAProcessThatIsStuckInListen(t *testing.T) {
+	t.Parallel()
+	s := launch(t, "1,"+isStuck)
+	s.RequireLines(t, "1 is stuck")
+	tcptest.Await(t, "exit after the second signal", func() bool {
+		_ = s.parent.Signal(syscall.SIGTERM) // two that are pending count as one
+		select {
+		case <-s.parent.Exited:
+			return true
+		default:
+			return false
+		}
+	})
+	s.RequireStatus(t, 1)
+}
+
 // A process that hangs before Run gets SIGTERM.
 func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 	t.Parallel()
