@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -545,18 +544,14 @@ func TestStopIsFast(t *testing.T) {
 		err = tcptest.Receive(t, waiting, "return of Accept").Err
 		return time.Since(start), err
 	}
-	slower := make([]time.Duration, 21)
-	for i := range slower {
+	tcptest.RequireMedian(t, 100*time.Millisecond, "differences", func() time.Duration {
 		plain, sl := tcptest.Listen(t), tcptest.Wrap(t, tcptest.Listen(t))
 		ours, err := interrupt(sl, sl.Stop)
 		tcptest.RequireStoppedError(t, err)
 		theirs, err := interrupt(plain, func() { _ = plain.SetDeadline(tcptest.Past) })
 		requireTimeout(t, err)
-		slower[i] = ours - theirs
-	}
-	slices.Sort(slower)
-	assert.Less(t, slower[len(slower)/2], 100*time.Millisecond,
-		"median of the differences: %v", slower)
+		return ours - theirs
+	})
 }
 
 // One goroutine is about to start its next poll when Stop is called, and the others must not
@@ -719,17 +714,14 @@ func TestHTTPServerShutsDownWithAWrapperWhoseCloseCallsStop(t *testing.T) {
 // Drain
 
 func TestDrainReturnsAtOnce(t *testing.T) {
-	took := make([]time.Duration, 21)
-	for i := range took {
+	tcptest.RequireMedian(t, 100*time.Millisecond, "times of Drain", func() time.Duration {
 		l := tcptest.Listen(t)
 		sl := tcptest.Wrap(t, l)
 		tcptest.Dial(t, l) // pending, and no goroutine is in Accept
 		start := time.Now()
 		sl.Drain()
-		took[i] = time.Since(start)
-	}
-	slices.Sort(took)
-	assert.Less(t, took[len(took)/2], 100*time.Millisecond, "median of the times of Drain: %v", took)
+		return time.Since(start)
+	})
 }
 
 func TestDrainRefusesNewConnectionsUntilTheSocketIsClosedAndAfter(t *testing.T) {
@@ -847,8 +839,7 @@ func TestAcceptReturnsStoppedErrorAfterDrainWhileConnectionsKeepComing(t *testin
 
 // Stop takes some microseconds, and Accept would wait for much longer.
 func TestStopEndsDrainAtOnce(t *testing.T) {
-	took := make([]time.Duration, 21)
-	for i := range took {
+	tcptest.RequireMedian(t, 100*time.Millisecond, "times of Stop", func() time.Duration {
 		sl := tcptest.Wrap(t, tcptest.Listen(t))
 		waiting := tcptest.AcceptMany(sl, 2)
 		tcptest.AwaitAcceptors(t, 2)
@@ -856,11 +847,8 @@ func TestStopEndsDrainAtOnce(t *testing.T) {
 		start := time.Now()
 		sl.Stop()
 		tcptest.RequireStopped(t, waiting, 2)
-		took[i] = time.Since(start)
-	}
-	slices.Sort(took)
-	median := took[len(took)/2]
-	assert.Less(t, median, 100*time.Millisecond, "median of the times of Stop after Drain: %v", took)
+		return time.Since(start)
+	})
 }
 
 func TestStopAfterDrainLeavesPendingConnectionsInTheAcceptQueue(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -190,6 +191,18 @@ func Await(t testing.TB, what string, condition func() bool) {
 			require.FailNow(t, "missing after "+Patience.String()+": "+what)
 		}
 	}
+}
+
+// RequireMedian requires the median of several durations to be less than limit. On a busy machine,
+// some of them are longer.
+func RequireMedian(t testing.TB, limit time.Duration, what string, measure func() time.Duration) {
+	t.Helper()
+	took := make([]time.Duration, 21)
+	for i := range took {
+		took[i] = measure()
+	}
+	slices.Sort(took)
+	require.Less(t, took[len(took)/2], limit, "median of the %s: %v", what, took)
 }
 
 // Countdown returns a channel that is closed when count is called for the n-th time.
