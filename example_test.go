@@ -19,7 +19,8 @@ import (
 )
 
 // After Ctrl+C or SIGTERM, new connections are refused, and Serve returns when it has accepted
-// those that exist.
+// those that exist. It does not wait for requests in flight; the example of package httpdrain
+// does.
 func Example() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -45,8 +46,8 @@ func Example() {
 	// stopped
 }
 
-// Drain does not close connections: the request in flight gets its response. To wait for such
-// requests, use package httpdrain.
+// Drain does not close connections: the request in flight gets its response. Package httpdrain
+// waits for such requests.
 func Example_requestInFlight() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -186,7 +187,7 @@ func ExampleNew() {
 }
 
 // The accept loop of a TCP protocol, here echo, returns on StoppedError after it has waited
-// for its connections.
+// for its connections, which end when their clients close them.
 func ExampleStoppableListener_Accept() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -7,7 +7,7 @@
 //	sl.Stop()                           // if it is, by the next server or another process
 //
 // Accept then returns [StoppedError]: after Stop, at once; after Drain, when it has returned
-// the last connection, while the system refuses new ones.
+// the connections that exist. Linux refuses new ones then.
 //
 // Package net has two ways to interrupt a blocked Accept. [net.TCPListener.Close] also closes
 // the socket, and resets the connections in its accept queue (backlog): those that the kernel
@@ -88,8 +88,8 @@ const (
 var longPast = time.Unix(1, 0)
 
 // StoppedError is returned by Accept and AcceptTCP after a call to Stop, and when a call to
-// Drain has stopped the accept loop. It is returned unwrapped, so both err == StoppedError and
-// [errors.Is] work.
+// Drain has stopped the accept loop; also by SetDeadline after either call. It is returned
+// unwrapped, so both err == StoppedError and [errors.Is] work.
 //
 // It wraps [net.ErrClosed], and its text ends with the text of that error, so an accept loop
 // that recognizes a closed listener, by errors.Is or by text, also recognizes a stopped one.
@@ -124,7 +124,7 @@ type StoppableListener struct {
 //
 // New clears the deadline of l and sets nonblocking mode for its socket. So a socket can be
 // wrapped again after Stop, any number of times, once the accept loop on the previous
-// wrapper has returned. New starts no goroutine.
+// wrapper has returned. It does not undo Drain. New starts no goroutine.
 func New(l net.Listener) (*StoppableListener, error) {
 	tcp, ok := l.(*net.TCPListener)
 	if !ok {
@@ -156,8 +156,8 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 
 // AcceptTCP waits for the next connection and returns it as package net does.
 //
-// If called after Stop has returned, it returns [StoppedError], even if connections are
-// pending. If Stop is called while it is blocked, it returns StoppedError, or the connection
+// If called after Stop has returned, it returns [StoppedError], even if connections are in the
+// accept queue. If Stop is called while it is blocked, it returns StoppedError, or the connection
 // that it has just taken from the accept queue: it never drops a connection. After Drain, it
 // returns connections first, and then StoppedError. After the deadline set with SetDeadline, it
 // returns an error that wraps [os.ErrDeadlineExceeded]; after Close, unless Stop or Drain was
@@ -210,10 +210,10 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 //
 // Stop does not wait for the accept loop to return, does not close accepted connections, and
 // does not close the socket: the kernel keeps adding new connections to the accept queue. So
-// wait for the accept loop, for example with a [sync.WaitGroup], and then pass the socket to New
-// to serve it again. If it is not used again, call Drain instead of Stop: closing the socket
-// after Stop resets the connections in its accept queue. To use the plain *net.TCPListener
-// again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
+// wait for the accept loop, for example with a [sync.WaitGroup], and then pass sl.TCPListener to
+// New to serve the socket again. If it is not used again, call Drain instead of Stop: closing
+// the socket after Stop resets the connections in its accept queue. To use the plain
+// *net.TCPListener again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
 func (sl *StoppableListener) Stop() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -223,8 +223,8 @@ func (sl *StoppableListener) Stop() {
 }
 
 // Drain stops the accept loop for the last time: the system refuses new connections, and the
-// accept loop returns when it has accepted those that exist. Drain returns at once, and does
-// not close the socket.
+// accept loop returns when it has accepted those that exist. Drain returns at once, and closes
+// neither the socket nor accepted connections.
 //
 // Call it only if nothing else accepts from the socket, now or later: no other wrapper, no
 // other process, no service manager. It cannot be undone, and affects every duplicate of the
@@ -234,8 +234,8 @@ func (sl *StoppableListener) Stop() {
 // handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
 // nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
 // later call. After that, closing the socket resets no connection, unless a packet of its
-// handshake was lost and is sent again. While no descriptor is free, Accept returns that error,
-// and not yet StoppedError.
+// handshake was lost and is sent again. While no descriptor is free, Accept returns package
+// net's error (EMFILE), and not yet StoppedError.
 //
 // A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
 // Stop, do nothing. Drain may be called before the first Accept and after Close.

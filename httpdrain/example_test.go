@@ -37,7 +37,7 @@ func Example() {
 		}
 	})
 	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "Hello") })
-	server := &http.Server{Handler: http.DefaultServeMux}
+	server := new(http.Server)
 	drainer := httpdrain.New(server)
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -32,30 +32,31 @@
 //
 // The delay must exceed the time until the last load balancer has noticed: with health checks,
 // their interval times the number that must fail; in Kubernetes, where the deletion of a Pod
-// has to reach each node, usually some seconds. An HTTP/1 client that sends a request on each of
-// its connections at least every delay + Grace sees no error.
+// has to reach each node, usually some seconds. An HTTP/1 client that pauses on its connections
+// for less than delay + Grace sees no error, within the limitations below.
 //
 // In Kubernetes, terminationGracePeriodSeconds must exceed delay + 2 Grace + the longest request
 // + 3 s. A preStop hook that sleeps is no substitute for the delay, because the process does
 // not know yet that it is being stopped, and its clients keep their connections. A rolling
 // update replaces processes, so it does not need package restart.
 //
-// Behind a load balancer that checks health, and reuses its own connections, a sleep and then
-// Shutdown were enough too.
+// Behind a load balancer that checks health, and reuses its own connections, such as haproxy, a
+// sleep and then Shutdown failed no request either when we measured it.
 //
 // # Handlers
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. For
-// handlers that are called after DisableKeepAlives, the header Connection: close is already
-// set. It is not set for CONNECT and Upgrade requests, except for upgrades to h2c and TLS, which
-// package http ignores. A handler must not set Connection: keep-alive itself: its clients
-// would send their next requests on a connection that is about to be closed.
+// HTTP/1 handlers that are called after DisableKeepAlives, the header Connection: close is
+// already set; for some HTTP/2 handlers that are called after Drain too, where package http sends
+// GOAWAY instead. It is not set for CONNECT and Upgrade requests, except for upgrades to h2c and
+// TLS, which package http ignores. A handler must not set Connection: keep-alive itself: its
+// clients would send their next requests on a connection that is about to be closed.
 //
 // An informational response that a handler sends, such as 103 Early Hints, would carry
 // Connection: close too. Clients reject that: Node.js always, others over HTTP/2. Such a handler
 // should delete the header first, and may set it again afterwards. An httputil.ReverseProxy
 // forwards its backend's informational responses, such as 100 Continue: call it from a handler
-// that deletes the header, and set the header in its ModifyResponse.
+// that deletes the header, and once the server is being stopped, set it in ModifyResponse.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -135,8 +136,9 @@ func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int3
 // in flight, an *atomic.Int64.
 var inFlightKey = new(struct{ _ int })
 
-// New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext. So set
-// these fields, if you use them, before you call New, and call New before Serve. If Handler is
+// New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext; a nil
+// Handler is [http.DefaultServeMux], as usual. So set these fields, if you use them, before you
+// call New, and call New before Serve. If Handler is
 // replaced later, responses do not carry Connection: close; if ConnContext is, GOAWAY does not
 // follow them; if ConnState is, Drain returns an error; if both are, Drain waits for nothing.
 //
@@ -203,9 +205,9 @@ func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
 // is closed one second after GOAWAY or after its last response, whichever is later.
 //
 // When ctx is done, Drain closes all of these connections. If requests were in flight on them,
-// it returns an error that wraps ctx.Err(); otherwise, nil. If two calls run at the same time,
-// both return when no connection is left, or the context of one is done; only that call returns
-// the error.
+// it returns an error that wraps ctx.Err(); otherwise, nil. To abort no request, let ctx last for
+// 2 Grace plus the longest request. If two calls run at the same time, both return when no
+// connection is left, or the context of one is done; only that call returns the error.
 //
 // If a Serve is still running, Drain returns as soon as no connection happens to be open, and
 // requests on the connections accepted last can fail. To keep accepting connections, call

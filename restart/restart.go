@@ -1,8 +1,8 @@
 // Package restart restarts a TCP server with zero downtime.
 //
 // On SIGUSR2, it starts the program, or its new version, in a new process, which inherits the
-// listening sockets. Once that is ready, the serving process shuts down gracefully. No connection
-// is refused or reset:
+// listening sockets. Once that is ready, the serving process shuts down gracefully. New
+// connections are neither refused nor reset:
 //
 //	err := restart.Run(func(ctx context.Context, p *restart.Process) error {
 //		sl, err := p.Listen("tcp", ":8080") // inherited, in a child
@@ -13,9 +13,10 @@
 //		...                                 // shut down gracefully, and return
 //	})
 //
-// [Process.Stop] resets no connection, within its limits, even if the service is stopped. Then
-// close the open connections with package httpdrain, or with the graceful shutdown of
-// another server. The example of [Run] is a complete program.
+// When the service is stopped, [Process.Stop] resets none either, within the limits of
+// [stoppablelistener.StoppableListener.Drain]. Then close the open connections with package
+// httpdrain, or with the graceful shutdown of another server. The example of [Run] is a
+// complete program.
 //
 // # Processes
 //
@@ -35,8 +36,8 @@
 // such as s6's for notifications, are only for the parent.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
-// the link, or in that directory. The name of the directory is taken from PWD, which shells set.
-// A unit for systemd needs Environment=PWD=/srv/current next to WorkingDirectory=/srv/current.
+// the link, or in that directory. The name of the directory is taken from PWD, which shells set;
+// a unit for systemd then needs Environment=PWD=/srv/current with WorkingDirectory=/srv/current.
 //
 // # Signals
 //
@@ -66,9 +67,9 @@
 // (runit), supervisorctl signal USR2 server, and docker kill --signal USR2 server. If a shell
 // script starts the program, it must do so with exec.
 //
-// Listen also returns the sockets of systemd's socket activation. With these, no request fails
-// at systemctl restart either, but new connections stay in the accept queue until the service
-// accepts again. That requires a socket unit:
+// Listen also returns the sockets of systemd's socket activation. With these, systemctl restart
+// does not refuse connections either: they stay in the accept queue until the service accepts
+// again. That requires a socket unit:
 //
 //	[Socket]
 //	ListenStream=8080
@@ -132,8 +133,9 @@ type Process struct {
 	system system // what differs by system
 }
 
-// Run calls serve, and restarts the program on SIGUSR2. It returns the error of serve; in the
-// parent, after all children have exited. Call it once, from main, and exit when it returns.
+// Run calls serve, and restarts the program on SIGUSR2. In the parent, it returns after all
+// children have exited. It returns the error of serve, unless the parent has been replaced by
+// then; see below. Call it once, from main, and exit when it returns.
 //
 // The function serve listens with p.Listen, starts to accept connections, and calls p.Ready.
 // When ctx is done, it calls p.Stop, shuts down gracefully, and returns; there is no limit on
@@ -174,10 +176,10 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // that it is bound to. If that is a specific IP address, the network's name does not matter. For
 // each network, ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
 //
-// If called before Ready, Listen keeps a duplicate of the socket for the next new process. So
-// the port stays open, even if the caller closes the listener, until the service is stopped or
-// a new process has called Ready without having called Listen for it. The latter resets the
-// connections in the accept queue.
+// Call Listen before Ready: it keeps a duplicate of the socket for the next new process, but not
+// of a socket that it returns later. So the port stays open, even if the caller closes the
+// listener, until the service is stopped or a new process has called Ready without having called
+// Listen for it. The latter resets the connections in the accept queue.
 func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableListener, error) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
@@ -201,9 +203,9 @@ func (p *Process) Ready() { p.system.ready() }
 // that Run has passed to serve is done, for example with [context.AfterFunc]. It may be called
 // any number of times.
 //
-// It calls the listener's Drain if the service is being stopped: in the parent because of a
-// signal, in a child because of the parent's word. Drain affects each process that has the
-// socket. So Stop calls the listener's Stop instead
+// It calls the listener's Drain if the service is being stopped: because the parent was signaled,
+// which tells its children. Drain affects each process that has the socket. So Stop calls the
+// listener's Stop instead
 //
 //   - if the context is not done, or if its cause is [ErrReplaced];
 //   - if the socket comes from socket activation: connections stay in its accept queue;
@@ -211,9 +213,9 @@ func (p *Process) Ready() { p.system.ready() }
 //   - in a child whose parent exits, because a supervisor may start it again;
 //   - in a child whose parent runs a version of this package that has no Stop.
 //
-// In a child that is ready and is signaled itself, Stop waits for the parent's word whether the
-// service is being stopped. If both were signaled, that takes milliseconds; it waits at most a
-// second.
+// In a child that is ready and is signaled itself, Stop waits until the parent tells it whether
+// the service is being stopped. If both were signaled, that takes milliseconds; it waits at most
+// a second.
 //
 // On systems other than Unix, Stop always calls Drain.
 func (p *Process) Stop(sl *stoppablelistener.StoppableListener) {
