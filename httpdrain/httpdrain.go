@@ -10,8 +10,8 @@
 // [net/http.Server.Shutdown] closes idle connections at once, even if a client has just sent a
 // request on one, and since Go 1.25 also connections that were accepted but not yet read from
 // (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
-// Its responses carry Connection: close, or are followed by GOAWAY (HTTP/2), so that clients
-// open new connections for their next requests. An HTTP/1 client that sends a request on each of
+// Its responses carry Connection: close, or come with GOAWAY (HTTP/2), so that clients open new
+// connections for their next requests. An HTTP/1 client that sends a request on each of
 // its connections during the grace period sees no error, within the limitations below.
 //
 // # Load balancers
@@ -79,9 +79,9 @@
 //   - OPTIONS *, to which package http itself responds, without Connection: close, unless the
 //     server's DisableGeneralOptionsHandler is set.
 //   - HTTP/2: a request that was sent before GOAWAY was received. In the grace period, GOAWAY
-//     follows the response to a request that was alone in flight on its connection when its
-//     handler was called; clients that send one request at a time are not affected. On other
-//     connections, GOAWAY is sent at the end of the grace period. Package http sends one GOAWAY,
+//     comes with the header of the response to a request that was alone in flight on its
+//     connection when its handler was called; clients that send one request at a time are not
+//     affected. On other connections, GOAWAY is sent at the end of the grace period. Package http sends one GOAWAY,
 //     with the last stream that it has seen, not the two of RFC 9113, section 6.8. Many clients
 //     send such a request again if they can send its body again.
 package httpdrain
@@ -126,21 +126,18 @@ type Drainer struct {
 
 // A connInfo is what a Drainer knows about a connection.
 type connInfo struct {
-	state atomic.Int32 // the last http.ConnState
-	fresh bool         // it has become idle since Drain was called; only setState uses it
+	state   atomic.Int32 // the last http.ConnState
+	changes atomic.Int64 // of state since Drain was called; counted after each
+	fresh   bool         // it has become idle since Drain was called; only setState uses it
 }
 
 func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int32(state) }
 
-// inFlightKey is the key of the context value of a connection that counts the HTTP/2 requests
-// in flight, an *atomic.Int64.
-var inFlightKey = new(struct{ _ int })
-
 // New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext; a nil
 // Handler is [http.DefaultServeMux], as usual. So set these fields, if you use them, before you
 // call New, and call New before Serve. If Handler is
-// replaced later, responses do not carry Connection: close; if ConnContext is, GOAWAY does not
-// follow them; if ConnState is, Drain returns an error; if both are, Drain waits for nothing.
+// replaced later, responses do not carry Connection: close; if ConnContext is, they do not come
+// with GOAWAY; if ConnState is, Drain returns an error; if both are, Drain waits for nothing.
 //
 // Some frameworks replace them, such as echo with its Start and StartServer. Then use the
 // framework as the Handler of your own server: http.Server{Handler: e}.
@@ -158,7 +155,7 @@ func New(server *http.Server) *Drainer {
 				w.Header().Set("Connection", "close")
 			}
 		case 2:
-			if inFlight, ok := r.Context().Value(inFlightKey).(*atomic.Int64); ok {
+			if inFlight, ok := r.Context().Value(d).(*atomic.Int64); ok {
 				defer inFlight.Add(-1)
 				if inFlight.Add(1) == 1 && d.draining.Load() {
 					w.Header().Set("Connection", "close") // package http sends GOAWAY instead
@@ -178,7 +175,7 @@ func New(server *http.Server) *Drainer {
 		if connContext != nil {
 			ctx = connContext(ctx, conn)
 		}
-		return context.WithValue(ctx, inFlightKey, new(atomic.Int64))
+		return context.WithValue(ctx, d, new(atomic.Int64)) // number of HTTP/2 requests in flight
 	}
 	return d
 }
@@ -215,7 +212,7 @@ func (d *Drainer) DisableKeepAlives() { d.keepAlivesDisabled.Store(true) }
 //
 // Drain does not know connections whose [net.Conn] cannot be a map key, such as a struct that
 // contains a slice: they have no grace period, and Drain waits for all connections as Shutdown
-// does then.
+// does then; a second call waits for the first.
 func (d *Drainer) Drain(ctx context.Context) error {
 	d.DisableKeepAlives()
 	d.draining.Store(true)
@@ -226,7 +223,6 @@ func (d *Drainer) Drain(ctx context.Context) error {
 	settled := d.lastIdle.Add(d.Grace)
 	d.mu.Unlock()
 	settleCtx, cancel := context.WithDeadline(ctx, settled)
-	defer cancel()
 	d.wait(settleCtx, &d.fresh)
 
 	cancel()
@@ -291,12 +287,16 @@ func (d *Drainer) eachInState(state http.ConnState, f func(net.Conn, *connInfo))
 	})
 }
 
-// closeIfIdleLater closes conn if it is idle in two seconds. Shutdown has closed the idle HTTP/1
-// connections and sent GOAWAY on the HTTP/2 connections, which are closed a second later. But
-// it may miss an HTTP/2 connection that has just been set up.
+// closeIfIdleLater closes conn, which is idle, if it stays so for two seconds. Shutdown has closed
+// the idle HTTP/1 connections and sent GOAWAY on the HTTP/2 connections, which are closed a second
+// later. But it may miss an HTTP/2 connection that has just been set up.
 func closeIfIdleLater(conn net.Conn, info *connInfo) {
+	changes := info.changes.Load() // before the state, which may have changed by now
+	if !info.is(http.StateIdle) {
+		return
+	}
 	time.AfterFunc(2*time.Second, func() {
-		if info.is(http.StateIdle) {
+		if info.changes.Load() == changes {
 			_ = conn.Close()
 		}
 	})
@@ -321,6 +321,7 @@ func (d *Drainer) setState(conn net.Conn, state http.ConnState) {
 			info := value.(*connInfo)
 			info.state.Store(int32(state))
 			if d.draining.Load() {
+				info.changes.Add(1)
 				d.setFresh(info, state == http.StateIdle)
 				if state == http.StateIdle && d.shutdown.Load() {
 					closeIfIdleLater(conn, info)
@@ -337,7 +338,7 @@ func (d *Drainer) setState(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// isKey reports whether conn can be a key of a map.
+// isKey reports whether conn can be a key of a map. ValueOf may allocate, so pointers come first.
 func isKey(conn net.Conn) bool {
 	return reflect.TypeOf(conn).Kind() == reflect.Pointer || reflect.ValueOf(conn).Comparable()
 }

@@ -693,8 +693,8 @@ func TestDrainShutsDownHTTP2(t *testing.T) {
 }
 
 // Shutdown can miss an HTTP/2 connection that has just been set up, so that its client never
-// gets GOAWAY. The test reports the states of two such connections itself. One is idle before
-// Shutdown is called, the other one later.
+// gets GOAWAY. The test reports the states of such connections itself. One is idle before Shutdown
+// is called, another one later, and the first is so again.
 func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes two seconds")
@@ -705,22 +705,32 @@ func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
 	drainer.Grace = 0
 	shutdown := make(chan struct{})
 	server.RegisterOnShutdown(func() { close(shutdown) })
-	var conns, clients [2]net.Conn
+	var conns, clients [3]net.Conn
+	var idleSince [3]time.Time
+	becomesIdle := func(i int) {
+		idleSince[i] = time.Now()
+		server.ConnState(conns[i], http.StateIdle)
+	}
 	for i := range conns {
 		conns[i], clients[i] = net.Pipe()
+		require.NoError(t, clients[i].SetReadDeadline(time.Now().Add(tcptest.Patience)))
 		server.ConnState(conns[i], http.StateNew)
 		server.ConnState(conns[i], http.StateActive)
 	}
-	server.ConnState(conns[0], http.StateIdle)
+	becomesIdle(0)
+	becomesIdle(1)
 	drained := make(chan error, 1)
 	go func() { drained <- drainer.Drain(context.Background()) }()
 	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
 	time.Sleep(shortGrace) // now Drain waits
-	server.ConnState(conns[1], http.StateIdle)
+	server.ConnState(conns[0], http.StateActive)
+	becomesIdle(0)
+	becomesIdle(2)
 	for i, client := range clients {
-		require.NoError(t, client.SetReadDeadline(time.Now().Add(tcptest.Patience)))
 		_, err := client.Read(make([]byte, 1))
 		require.Equal(t, io.EOF, err, "idle connection %d is not closed", i)
+		require.GreaterOrEqual(t, time.Since(idleSince[i]), 2*time.Second,
+			"connection %d is closed too soon after its last request", i)
 		server.ConnState(conns[i], http.StateClosed)
 	}
 	requireDrained(t, drained)
