@@ -234,8 +234,9 @@ func (sl *StoppableListener) Stop() {
 // handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
 // nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
 // later call. After that, closing the socket resets no connection, unless a packet of its
-// handshake was lost and is sent again. While no descriptor is free, Accept returns package
-// net's error (EMFILE), and not yet StoppedError.
+// handshake was lost and is sent again, or the client has not sent what TCP_DEFER_ACCEPT waits
+// for. While no descriptor is free, Accept returns package net's error (EMFILE), and not yet
+// StoppedError.
 //
 // A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
 // Stop, do nothing. Drain may be called before the first Accept and after Close.

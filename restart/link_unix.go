@@ -18,9 +18,9 @@ import (
 // version of this package than its children.
 //
 // A child is started with one end of a socket pair, the link, as descriptor 3, and with the
-// listening sockets as the descriptors after it. Their names, each followed by a newline, are
-// in the environment variable socketsEnv. Addresses of sockets that come from socket activation
-// are in activatedEnv, in the same form; older versions of this package do not set it.
+// listening sockets as the descriptors after it. Their names, one per line, are in the environment
+// variable socketsEnv. Addresses of sockets that come from socket activation are in activatedEnv,
+// in the same form; older versions of this package do not set it.
 //
 // When the child is ready, it sends its own sockets, each as name, newline and descriptor, and
 // then another newline. To stop the child, the parent sends the number of a signal as one byte,
@@ -140,10 +140,12 @@ func linkPair() (*link, *os.File, error) {
 	return l, file, nil
 }
 
+var errNoLink = errors.New("restart: descriptor 3 is not a link")
+
 // openLink returns a link that replaces fd.
 func openLink(fd int) (*link, error) {
 	if !isSocket(fd) { // do not close what is no link, such as a descriptor of the Go runtime
-		return nil, errors.New("restart: descriptor 3 is not a link")
+		return nil, errNoLink
 	}
 	file := os.NewFile(uintptr(fd), "link")
 	defer file.Close()
@@ -154,7 +156,7 @@ func openLink(fd int) (*link, error) {
 	unix, ok := conn.(*net.UnixConn)
 	if !ok {
 		_ = conn.Close()
-		return nil, errors.New("restart: descriptor 3 is not a link")
+		return nil, errNoLink
 	}
 	return &link{unix}, nil
 }

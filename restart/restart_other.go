@@ -38,7 +38,7 @@ func (*system) listen(
 
 func (*system) ready() {}
 
-// drains: no other process has the socket.
+// drains reports true, because no other process has the socket.
 func (*system) drains(net.Addr) bool { return true }
 
 func (*system) pid() int { return os.Getpid() }

@@ -102,7 +102,6 @@ func supervise(
 			restart = restarts
 		case restarting:
 			late = s.late
-		case stopping:
 		}
 		select {
 		case <-becomesReady:
