@@ -32,8 +32,9 @@
 // A child has the arguments, the environment and the working directory that the parent was
 // started with. The parent may change its own in main: they are taken when this package is
 // initialized. The program is that at os.Args[0], relative to this directory or found in this
-// PATH. Standard streams are those of the parent. Other descriptors that a supervisor passes,
-// such as s6's for notifications, are only for the parent.
+// PATH. Standard streams are those of the parent. In a child, the descriptors from 3 on are its
+// sockets, so only the parent can use others that a supervisor passes, such as s6's for
+// notifications.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
 // the link, or in that directory. The name of the directory is taken from PWD, which shells set;
@@ -47,7 +48,11 @@
 // called serve. If it arrives before the Go runtime has started, it kills the process.
 //
 // After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
-// example, on to the serving process; not SIGHUP if that is ignored, as with nohup.
+// example, on to the serving process; not SIGHUP if that is ignored, as with nohup. A new process
+// does not get those that arrive before it is ready.
+//
+// The program may be notified of all these signals too, but must not call [os/signal.Reset] or
+// [os/signal.Ignore] for them: they would lose their effect on the service.
 //
 // If the parent is killed, a new process exits with status 1 at once, and the other children
 // shut down gracefully, so that a supervisor can start the service again. If the serving process
@@ -96,8 +101,9 @@
 //   - A framework must be able to serve a listener that it has not opened.
 //   - The parent keeps running the version of the program that it was started with, and its
 //     limits and user are those of all children.
-//   - A restart cannot change a wildcard address to a specific one, or back: they conflict
-//     while the old socket is open.
+//   - A restart cannot change a wildcard address to a specific one, or back, or its network: they
+//     conflict while the old socket is open.
+//   - A restart fails if the working directory has been removed, or cannot be entered.
 //   - Run closes sockets of socket activation that are not TCP listeners.
 //   - With systemd, notifications from children require NotifyAccess=all. WatchdogSec is not
 //     supported, because systemd expects its notifications from the parent.
@@ -194,7 +200,8 @@ func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableL
 }
 
 // Ready reports that this process accepts connections. A new process then becomes the serving
-// process, unless the restart fails. Ready closes the inherited sockets that Listen has not
+// process, unless the restart fails. So first do what can fail, such as loading the certificates
+// that ServeTLS would load. Ready closes the inherited sockets that Listen has not
 // returned. It does nothing after the first call, and once the context that Run has passed to
 // serve is done.
 func (p *Process) Ready() { p.system.ready() }

@@ -164,6 +164,27 @@ func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
 	assert.Equal(t, 2, strings.Count(s.Errors(t), "\n"), "lines on standard error")
 }
 
+// When the parent runs again, the new process has been ready for some time, and the timeout is
+// over. With GOMAXPROCS=1, it sees that first.
+func TestNewProcessThatIsReadyWhileTheParentIsSuspendedIsNotKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes two seconds")
+	}
+	t.Parallel()
+	const timeout = 2 * time.Second
+	s := start(t, "1", with(readyTimeoutEnv+"="+timeout.String(), "GOMAXPROCS=1"))
+	s.install(t, "2,"+waits)
+	s.RequireLines(t, "2 waits")
+	s.signal(t, syscall.SIGSTOP)
+	s.enter(t, "")
+	s.requireReady(t, "2")
+	time.Sleep(timeout)
+	s.signal(t, syscall.SIGCONT)
+	s.RequireLines(t, "1 replaced: user defined signal 2")
+	require.Empty(t, s.Errors(t))
+	s.stop(t, "2")
+}
+
 func TestRestartWhileTheLastOneIsNotComplete(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
@@ -573,6 +594,20 @@ func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 	s.stop(t, "1")
 	hanging.AwaitExit(t)
 	assert.Empty(t, s.Errors(t))
+}
+
+// The new process hangs before Run, and ignores SIGTERM.
+func TestServiceStopsAlthoughANewProcessHangs(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1", with(readyTimeoutEnv+"=1s"))
+	s.ReplaceText(t, `#!/bin/sh
+		trap "" TERM
+		echo 2 hangs
+		exec sleep 60
+	`)
+	s.signal(t, syscall.SIGUSR2)
+	s.RequireLines(t, "2 hangs")
+	s.stop(t, "1")
 }
 
 // It may have called Ready at that moment, and would wait for word. Here, it is a script, which

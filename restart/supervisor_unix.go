@@ -20,6 +20,9 @@ import (
 // readyTimeout is how long a new process may take until it calls Ready.
 var readyTimeout = time.Minute
 
+// lookTimeout is how long this process looks after that whether the new one is ready.
+const lookTimeout = 250 * time.Millisecond
+
 // original is what the parent was started with.
 var original = command()
 
@@ -60,8 +63,9 @@ type supervisor struct {
 	serving    server
 	serves     bool             // serve has not returned in this process
 	children   map[*child]bool  // those that have not exited
-	newProcess *child           // if state is restarting
-	late       <-chan time.Time // when newProcess is
+	newProcess *child           // the one that was started last
+	late       <-chan time.Time // when newProcess is; nil if it has become ready, or has failed
+	looks      bool             // late is the end of lookTimeout
 	signaled   bool             // by SIGINT or SIGTERM
 	result     error            // of Run
 	passing    chan os.Signal   // to be passed to the serving process
@@ -88,7 +92,7 @@ func supervise(
 		serving:  self(cancel),
 		serves:   true,
 		children: make(map[*child]bool),
-		passing:  make(chan os.Signal, 2),
+		passing:  make(chan os.Signal, 100), // while a process is started, more may come than one
 		events:   make(chan func()),
 	}
 	for s.serves || len(s.children) > 0 {
@@ -100,7 +104,7 @@ func supervise(
 			becomesReady = isReady
 		case steady:
 			restart = restarts
-		case restarting:
+		case restarting, stopping:
 			late = s.late
 		}
 		select {
@@ -109,8 +113,7 @@ func supervise(
 		case <-restart:
 			s.start()
 		case <-late:
-			s.report("process %d was not ready within %v", s.newProcess.pid(), readyTimeout)
-			_ = s.newProcess.cmd.Process.Kill()
+			s.endTimeout()
 		case event := <-s.events:
 			event()
 		case sig := <-s.passing:
@@ -140,7 +143,7 @@ func (s *supervisor) start() {
 	}
 	c := &child{&cmd, link}
 	s.children[c] = true
-	s.newProcess, s.late = c, time.After(readyTimeout)
+	s.newProcess, s.late, s.looks = c, time.After(readyTimeout), false
 	s.state = restarting
 	received := make(chan struct{})
 	go func() {
@@ -157,8 +160,25 @@ func (s *supervisor) start() {
 	}()
 }
 
+// endTimeout kills the new process. But if this process did not run for a while, because it was
+// suspended, the new one may be ready. So it looks once more.
+func (s *supervisor) endTimeout() {
+	if !s.looks {
+		s.late, s.looks = time.After(lookTimeout), true
+		return
+	}
+	s.late = nil
+	if s.state == restarting {
+		s.report("process %d was not ready within %v", s.newProcess.pid(), readyTimeout)
+	}
+	_ = s.newProcess.cmd.Process.Kill()
+}
+
 // childReady makes c the serving process. If its sockets cannot be received, it shuts down.
 func (s *supervisor) childReady(c *child, sockets []held, err error) {
+	if c == s.newProcess {
+		s.late = nil
+	}
 	switch {
 	case s.state != restarting || c != s.newProcess:
 		closeAll(sockets)
@@ -197,6 +217,7 @@ func (s *supervisor) childExited(c *child, err error) {
 		}
 		s.stopService(syscall.SIGTERM)
 	case c == s.newProcess && s.state == restarting:
+		s.late = nil
 		s.report("process %d exited before it was ready: %v", c.pid(), c.status())
 	}
 }
