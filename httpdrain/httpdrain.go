@@ -12,7 +12,8 @@
 // (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
 // Its responses carry Connection: close, or come with GOAWAY (HTTP/2), so that clients open new
 // connections for their next requests. An HTTP/1 client that sends a request on each of
-// its connections during the grace period sees no error, within the limitations below.
+// its connections during the grace period sees no error, within the limitations below. An HTTP/2
+// client that sends several at a time gains little.
 //
 // # Load balancers
 //
@@ -49,14 +50,15 @@
 // HTTP/1 handlers that are called after DisableKeepAlives, the header Connection: close is
 // already set; for some HTTP/2 handlers that are called after Drain too, where package http sends
 // GOAWAY instead. It is not set for CONNECT and Upgrade requests, except for upgrades to h2c and
-// TLS, which package http ignores. A handler must not set Connection: keep-alive itself: its
-// clients would send their next requests on a connection that is about to be closed.
+// TLS, which package http ignores. A handler must neither delete it nor set Connection: keep-alive:
+// its clients would send their next requests on a connection that is about to be closed.
 //
 // An informational response that a handler sends, such as 103 Early Hints, would carry
 // Connection: close too. Clients reject that: Node.js always, others over HTTP/2. Such a handler
 // should delete the header first, and may set it again afterwards. An httputil.ReverseProxy
 // forwards its backend's informational responses, such as 100 Continue: call it from a handler
-// that deletes the header, and once the server is being stopped, set it in ModifyResponse.
+// that deletes the header, and once the server is being stopped, set it in ModifyResponse,
+// unless the status is 101.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events,
 // should return when a function registered with [net/http.Server.RegisterOnShutdown] is called,
@@ -81,9 +83,11 @@
 //   - HTTP/2: a request that was sent before GOAWAY was received. In the grace period, GOAWAY
 //     comes with the header of the response to a request that was alone in flight on its
 //     connection when its handler was called; clients that send one request at a time are not
-//     affected. On other connections, GOAWAY is sent at the end of the grace period. Package http sends one GOAWAY,
-//     with the last stream that it has seen, not the two of RFC 9113, section 6.8. Many clients
-//     send such a request again if they can send its body again.
+//     affected. On other connections, GOAWAY is sent at the end of the grace period. Package
+//     http sends one GOAWAY, with the last stream that it has seen, not the two of RFC 9113,
+//     section 6.8. Many clients send such a request again if they can send its body again.
+//   - HTTP/2: the end of a response that its client has not read a second after the handler has
+//     written it. Package http closes the connection then, also after Shutdown.
 package httpdrain
 
 import (
