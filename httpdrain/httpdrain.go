@@ -11,8 +11,8 @@
 // request on one, and since Go 1.25 also connections that were accepted but not yet read from
 // (golang/go#75591). A [Drainer] keeps serving the open connections for a grace period first.
 // Its responses carry Connection: close, or come with GOAWAY (HTTP/2), so that clients open new
-// connections for their next requests. An HTTP/1 client that sends a request on each of
-// its connections during the grace period sees no error, within the limitations below. An HTTP/2
+// connections for their next requests. An HTTP/1 client that sends a request on each of its
+// connections during the grace period sees no error, within the limitations below. An HTTP/2
 // client that sends several at a time gains little.
 //
 // # Load balancers
@@ -139,9 +139,9 @@ func (c *connInfo) is(state http.ConnState) bool { return c.state.Load() == int3
 
 // New returns a Drainer for server, and wraps its Handler, ConnState and ConnContext; a nil
 // Handler is [http.DefaultServeMux], as usual. So set these fields, if you use them, before you
-// call New, and call New before Serve. If Handler is
-// replaced later, responses do not carry Connection: close; if ConnContext is, they do not come
-// with GOAWAY; if ConnState is, Drain returns an error; if both are, Drain waits for nothing.
+// call New, and call New before Serve. If Handler is replaced later, responses do not carry
+// Connection: close; if ConnContext is, they do not come with GOAWAY; if ConnState is, Drain
+// returns an error; if both are, Drain waits for nothing.
 //
 // Some frameworks replace them, such as echo with its Start and StartServer. Then use the
 // framework as the Handler of your own server: http.Server{Handler: e}.

@@ -210,8 +210,8 @@ func (p *Process) Ready() { p.system.ready() }
 // that Run has passed to serve is done, for example with [context.AfterFunc]. It may be called
 // any number of times.
 //
-// It calls the listener's Drain if the service is being stopped: because the parent was signaled,
-// which tells its children. Drain affects each process that has the socket. So Stop calls the
+// It calls the listener's Drain if the service is being stopped because the parent was signaled,
+// which the children are told. Drain affects each process that has the socket. So Stop calls the
 // listener's Stop instead
 //
 //   - if the context is not done, or if its cause is [ErrReplaced];

@@ -20,7 +20,8 @@ import (
 // readyTimeout is how long a new process may take until it calls Ready.
 var readyTimeout = time.Minute
 
-// lookTimeout is how long this process looks after that whether the new one is ready.
+// lookTimeout is how much longer this process then waits, in case the new one is ready; see
+// endTimeout.
 const lookTimeout = 250 * time.Millisecond
 
 // original is what the parent was started with.
@@ -92,7 +93,7 @@ func supervise(
 		serving:  self(cancel),
 		serves:   true,
 		children: make(map[*child]bool),
-		passing:  make(chan os.Signal, 100), // while a process is started, more may come than one
+		passing:  make(chan os.Signal, 100), // several may come while a process is started
 		events:   make(chan func()),
 	}
 	for s.serves || len(s.children) > 0 {
