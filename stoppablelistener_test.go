@@ -812,6 +812,9 @@ func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
 
 // The accept loop handles each connection itself, which takes longer than Accept waits.
 func TestAcceptOfASlowLoopReturnsPendingConnectionsAfterDrain(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a second")
+	}
 	t.Parallel()
 	tcptest.RequireRefusal(t) // otherwise, the time is counted from Drain
 	l := tcptest.Listen(t)
@@ -981,6 +984,9 @@ func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
 
 // Accept would be slower if it moved the deadline for each connection.
 func TestAcceptMovesTheDeadlineForAConnectionOnlyAfterDrain(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a second")
+	}
 	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)

@@ -144,6 +144,9 @@ func TestFailedRestartsChangeNothing(t *testing.T) {
 
 // The timeout may be over before the new process has reported its start to the test.
 func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a second")
+	}
 	t.Parallel()
 	s := start(t, "1", with(readyTimeoutEnv+"=100ms"))
 	for n := range 2 {
@@ -456,6 +459,9 @@ func TestNewProcessExitsWithItsParent(t *testing.T) {
 // Stop
 
 func TestSignalStopsTheService(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		for _, restarted := range []bool{false, true} {
@@ -544,6 +550,9 @@ func signalDuringRestart(t *testing.T, target, round int) {
 }
 
 func TestSecondSignalKillsAllProcesses(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
@@ -598,6 +607,9 @@ func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 
 // The new process hangs before Run, and ignores SIGTERM.
 func TestServiceStopsAlthoughANewProcessHangs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a second")
+	}
 	t.Parallel()
 	s := start(t, "1", with(readyTimeoutEnv+"=1s"))
 	s.ReplaceText(t, `#!/bin/sh
@@ -630,6 +642,9 @@ func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
 }
 
 func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		exit   func(t *testing.T, s *service, child proctest.Process)

@@ -56,6 +56,9 @@ func TestNewProcessHasTheStandardStreamsOfTheParent(t *testing.T) {
 
 // As in "cd current && ./server", where current is a symbolic link to a release.
 func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	for name, script := range map[string]string{
 		"relative path": `cd current && exec ./program "$2"`,
@@ -97,6 +100,9 @@ func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
 
 // The program changes PATH and its directory.
 func TestProgramIsFoundInThePATHOfTheParent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts many processes")
+	}
 	t.Parallel()
 	for name, path := range map[string]func(dir string) string{
 		"absolute": func(dir string) string { return dir },
