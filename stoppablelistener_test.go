@@ -609,25 +609,8 @@ func TestStopBeforeTheFirstAccept(t *testing.T) {
 }
 
 func TestStopBeforeAndAfterClose(t *testing.T) {
-	t.Run("before", func(t *testing.T) {
-		// The goroutines that Stop interrupts may return before Close or after.
-		for range tcptest.Rounds(300) {
-			sl := tcptest.Wrap(t, tcptest.Listen(t))
-			waiting := tcptest.AcceptMany(sl, 2)
-			tcptest.AwaitAcceptors(t, 2)
-			sl.Stop()
-			require.NoError(t, sl.Close())
-			tcptest.RequireStopped(t, waiting, 2)
-			tcptest.RequireStopped(t, tcptest.Accept(sl), 1)
-		}
-	})
-	t.Run("after", func(t *testing.T) {
-		sl := tcptest.Wrap(t, tcptest.Listen(t))
-		require.NoError(t, sl.Close())
-		sl.Stop()
-		sl.Stop()
-		tcptest.RequireStopped(t, tcptest.Accept(sl), 1)
-	})
+	requireStopBeforeAndAfterClose(t, tcptest.Rounds(300),
+		(*stoppablelistener.StoppableListener).Stop, tcptest.RequireStopped)
 }
 
 func TestStopFromTheAcceptLoopItself(t *testing.T) {
@@ -650,17 +633,7 @@ func TestStopFromTheAcceptLoopItself(t *testing.T) {
 }
 
 func TestStopFromAHandler(t *testing.T) {
-	l := tcptest.Listen(t)
-	sl := tcptest.Wrap(t, l)
-	server := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		sl.Stop()
-		fmt.Fprint(w, "stopped")
-	})}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(sl) }()
-	assert.Equal(t, "stopped", tcptest.Get(t, http.DefaultClient, l))
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve"))
-	require.NoError(t, server.Shutdown(context.Background()))
+	requireStopFromAHandler(t, (*stoppablelistener.StoppableListener).Stop)
 }
 
 func TestStopDoesNotCloseConnections(t *testing.T) {
@@ -812,9 +785,7 @@ func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
 
 // The accept loop handles each connection itself, which takes longer than Accept waits.
 func TestAcceptOfASlowLoopReturnsPendingConnectionsAfterDrain(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes half a second")
-	}
+	tcptest.SkipIfShort(t, "takes half a second")
 	t.Parallel()
 	tcptest.RequireRefusal(t) // otherwise, the time is counted from Drain
 	l := tcptest.Listen(t)
@@ -904,41 +875,13 @@ func TestDrainBeforeTheFirstAccept(t *testing.T) {
 }
 
 func TestDrainBeforeAndAfterClose(t *testing.T) {
-	t.Run("before", func(t *testing.T) {
-		// The goroutines that Drain wakes may return before Close or after.
-		for range tcptest.Rounds(100) {
-			sl := tcptest.Wrap(t, tcptest.Listen(t))
-			waiting := tcptest.AcceptMany(sl, 2)
-			tcptest.AwaitAcceptors(t, 2)
-			sl.Drain()
-			require.NoError(t, sl.Close())
-			tcptest.RequireDrained(t, waiting, 2)
-			tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-		}
-	})
-	t.Run("after", func(t *testing.T) {
-		sl := tcptest.Wrap(t, tcptest.Listen(t))
-		require.NoError(t, sl.Close())
-		sl.Drain()
-		sl.Drain()
-		tcptest.RequireStoppedError(t, sl.SetDeadline(none))
-		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-	})
+	requireStopBeforeAndAfterClose(t, tcptest.Rounds(100),
+		(*stoppablelistener.StoppableListener).Drain, tcptest.RequireDrained)
 }
 
 func TestDrainFromAHandler(t *testing.T) {
 	t.Parallel()
-	l := tcptest.Listen(t)
-	sl := tcptest.Wrap(t, l)
-	server := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		sl.Drain()
-		fmt.Fprint(w, "drained")
-	})}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(sl) }()
-	assert.Equal(t, "drained", tcptest.Get(t, http.DefaultClient, l))
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve after Drain"))
-	require.NoError(t, server.Shutdown(context.Background()))
+	requireStopFromAHandler(t, (*stoppablelistener.StoppableListener).Drain)
 }
 
 func TestDeadlineDoesNotCountAfterDrain(t *testing.T) {
@@ -984,9 +927,7 @@ func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
 
 // Accept would be slower if it moved the deadline for each connection.
 func TestAcceptMovesTheDeadlineForAConnectionOnlyAfterDrain(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes half a second")
-	}
+	tcptest.SkipIfShort(t, "takes half a second")
 	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
@@ -1012,6 +953,50 @@ func TestDrainStartsNoGoroutine(t *testing.T) {
 }
 
 // Helpers
+
+// requireStopBeforeAndAfterClose requires stop, which is Stop or Drain, to stop the accept loop if
+// it is called just before Close, and after it. The function stopped checks results of Accept.
+func requireStopBeforeAndAfterClose(
+	t *testing.T, rounds int, stop func(*stoppablelistener.StoppableListener),
+	stopped func(testing.TB, <-chan tcptest.Accepted, int),
+) {
+	t.Run("before", func(t *testing.T) {
+		// The goroutines that stop wakes may return before Close or after.
+		for range rounds {
+			sl := tcptest.Wrap(t, tcptest.Listen(t))
+			waiting := tcptest.AcceptMany(sl, 2)
+			tcptest.AwaitAcceptors(t, 2)
+			stop(sl)
+			require.NoError(t, sl.Close())
+			stopped(t, waiting, 2)
+			stopped(t, tcptest.Accept(sl), 1)
+		}
+	})
+	t.Run("after", func(t *testing.T) {
+		sl := tcptest.Wrap(t, tcptest.Listen(t))
+		require.NoError(t, sl.Close())
+		stop(sl)
+		stop(sl)
+		tcptest.RequireStoppedError(t, sl.SetDeadline(none))
+		stopped(t, tcptest.Accept(sl), 1)
+	})
+}
+
+// requireStopFromAHandler requires stop, which is Stop or Drain, to make Serve return if a handler
+// calls it, and the request to get its response.
+func requireStopFromAHandler(t *testing.T, stop func(*stoppablelistener.StoppableListener)) {
+	l := tcptest.Listen(t)
+	sl := tcptest.Wrap(t, l)
+	server := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		stop(sl)
+		fmt.Fprint(w, "stopped")
+	})}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(sl) }()
+	assert.Equal(t, "stopped", tcptest.Get(t, http.DefaultClient, l))
+	tcptest.RequireStoppedError(t, tcptest.Receive(t, served, "return of Serve"))
+	require.NoError(t, server.Shutdown(context.Background()))
+}
 
 // runChild runs a child process that inherits file and exits at once.
 func runChild(t *testing.T, file *os.File) {

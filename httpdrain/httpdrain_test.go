@@ -655,9 +655,7 @@ func TestDrainStopsServe(t *testing.T) {
 // One HTTP/2 connection is idle. The other has two requests in flight: one response has not
 // started when Drain is called, the other has.
 func TestDrainShutsDownHTTP2(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes more than a second")
-	}
+	tcptest.SkipIfShort(t, "takes more than a second")
 	t.Parallel()
 	config := httpclient.ServerTLS()
 	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
@@ -696,9 +694,7 @@ func TestDrainShutsDownHTTP2(t *testing.T) {
 // gets GOAWAY. The test reports the states of such connections itself. One is idle before Shutdown
 // is called, another one later, and the first is so again.
 func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two seconds")
-	}
+	tcptest.SkipIfShort(t, "takes two seconds")
 	t.Parallel()
 	server := &http.Server{Handler: nothing}
 	drainer := httpdrain.New(server)
@@ -775,9 +771,7 @@ func TestDrainSendsGOAWAYWithTheResponseToTheOnlyRequestInFlight(t *testing.T) {
 
 // It was in flight when Drain was called, so its response carries no Connection: close.
 func TestConnectionStaysIdleForGraceAfterAResponse(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two seconds")
-	}
+	tcptest.SkipIfShort(t, "takes two seconds")
 	t.Parallel()
 	b := newBlocking(nothing, hello)
 	s := startService(t, tcptest.Listen(t), nil, b)
@@ -975,9 +969,7 @@ func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) 
 // Example
 
 func TestExampleAcceptsUntilTheDelayIsOver(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes five seconds")
-	}
+	tcptest.SkipIfShort(t, "takes five seconds")
 	t.Parallel()
 	cmd := exec.Command(proctest.Self(t))
 	cmd.Env = append(os.Environ(), "PORT=0")

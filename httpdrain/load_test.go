@@ -95,9 +95,7 @@ const (
 )
 
 func TestRollingUpdateFailsNoRequest(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes some seconds")
-	}
+	tcptest.SkipIfShort(t, "takes some seconds")
 	t.Parallel()
 	for name, http2 := range map[string]bool{"HTTP/1": false, "HTTP/2": true} {
 		t.Run(name, func(t *testing.T) {

@@ -68,9 +68,7 @@ func restartUnderLoad(
 }
 
 func TestRestartsLeaveNoDescriptorsOpen(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "0")
 	var child proctest.Process
@@ -144,9 +142,7 @@ func TestFailedRestartsChangeNothing(t *testing.T) {
 
 // The timeout may be over before the new process has reported its start to the test.
 func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a second")
-	}
+	tcptest.SkipIfShort(t, "takes a second")
 	t.Parallel()
 	s := start(t, "1", with(readyTimeoutEnv+"=100ms"))
 	for n := range 2 {
@@ -170,9 +166,7 @@ func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
 // When the parent runs again, the new process has been ready for some time, and the timeout is
 // over. With GOMAXPROCS=1, it sees that first.
 func TestNewProcessThatIsReadyWhileTheParentIsSuspendedIsNotKilled(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes two seconds")
-	}
+	tcptest.SkipIfShort(t, "takes two seconds")
 	t.Parallel()
 	const timeout = 2 * time.Second
 	s := start(t, "1", with(readyTimeoutEnv+"="+timeout.String(), "GOMAXPROCS=1"))
@@ -459,9 +453,7 @@ func TestNewProcessExitsWithItsParent(t *testing.T) {
 // Stop
 
 func TestSignalStopsTheService(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		for _, restarted := range []bool{false, true} {
@@ -550,9 +542,7 @@ func signalDuringRestart(t *testing.T, target, round int) {
 }
 
 func TestSecondSignalKillsAllProcesses(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
@@ -607,9 +597,7 @@ func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 
 // The new process hangs before Run, and ignores SIGTERM.
 func TestServiceStopsAlthoughANewProcessHangs(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a second")
-	}
+	tcptest.SkipIfShort(t, "takes a second")
 	t.Parallel()
 	s := start(t, "1", with(readyTimeoutEnv+"=1s"))
 	s.ReplaceText(t, `#!/bin/sh
@@ -642,9 +630,7 @@ func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
 }
 
 func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		exit   func(t *testing.T, s *service, child proctest.Process)

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
 // What a child is started with
@@ -56,9 +57,7 @@ func TestNewProcessHasTheStandardStreamsOfTheParent(t *testing.T) {
 
 // As in "cd current && ./server", where current is a symbolic link to a release.
 func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, script := range map[string]string{
 		"relative path": `cd current && exec ./program "$2"`,
@@ -100,9 +99,7 @@ func TestNewProcessFollowsTheSymbolicLinkOfADeploy(t *testing.T) {
 
 // The program changes PATH and its directory.
 func TestProgramIsFoundInThePATHOfTheParent(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, path := range map[string]func(dir string) string{
 		"absolute": func(dir string) string { return dir },

@@ -128,9 +128,7 @@ func (p parentEnd) send(t *testing.T, sig syscall.Signal) {
 }
 
 func TestStopInAChild(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	const isDrained, isStopped = true, false
 	word := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
@@ -256,9 +254,7 @@ func TestNewProcessThatIsSignaledDoesNotDrain(t *testing.T) {
 }
 
 func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, feature := range []string{hangs, waits, isLate} {
 		t.Run(feature, func(t *testing.T) {
@@ -276,9 +272,7 @@ func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
 // A service stays reachable, whatever has stopped one of its processes
 
 func TestServiceOfSocketActivationStaysReachable(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, restarts := range []int{0, 2} {
 		t.Run(fmt.Sprint(restarts, " restarts"), func(t *testing.T) {
@@ -316,9 +310,7 @@ func TestServiceStaysReachableIfAnOldProcessIsSignaled(t *testing.T) {
 
 // The next one listens on the same port.
 func TestServiceCanBeStartedAgain(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts many processes")
-	}
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, exit := range map[string]func(t *testing.T, s *service, child proctest.Process){
 		"the service is stopped": func(t *testing.T, s *service, _ proctest.Process) {

@@ -265,9 +265,7 @@ func BenchmarkServe(b *testing.B) {
 // BenchmarkIdle counts how often a goroutine that is blocked in Accept wakes up in a minute.
 // Each variant is a process of its own, because the runtime counts for a whole process.
 func BenchmarkIdle(b *testing.B) {
-	if testing.Short() {
-		b.Skip("takes a minute")
-	}
+	tcptest.SkipIfShort(b, "takes a minute")
 	wakeUps := samples{}
 	for range b.N {
 		programs := make([]*proctest.Program, len(variants))

@@ -167,9 +167,7 @@ func TestDrainNeedsNoPrivilege(t *testing.T) {
 // While one of two sockets at the same address is drained, the kernel may still choose it for a new
 // connection. It drops the SYN then, and the client sends it again a second later.
 func TestDrainOfOneOfTwoSocketsAtTheSameAddressFailsNoClient(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes more than a second")
-	}
+	tcptest.SkipIfShort(t, "takes more than a second")
 	t.Parallel()
 	tcptest.RequireRefusal(t)
 	config := withOption(syscall.SOL_SOCKET, soReusePort, 1)

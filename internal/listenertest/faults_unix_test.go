@@ -54,9 +54,7 @@ func TestNoDescriptorIsFree(t *testing.T) {
 
 // An accept loop retries later, which may take longer than Accept waits after Drain.
 func TestNoDescriptorIsFreeAfterDrain(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a second")
-	}
+	tcptest.SkipIfShort(t, "takes a second")
 	tcptest.RequireRefusal(t)
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)

@@ -100,9 +100,7 @@ func IsRefused(err error) bool {
 // RequireDrained receives n results, which must be StoppedError.
 func RequireDrained(t testing.TB, results <-chan Accepted, n int) {
 	t.Helper()
-	for range n {
-		RequireStoppedError(t, Receive(t, results, "return of Accept after Drain").Err)
-	}
+	requireStopped(t, results, n, "Drain")
 }
 
 // RequireAcceptsUntilStopped calls drain, after which the system must not refuse connections to

@@ -229,8 +229,13 @@ func RequireClient(t testing.TB, client net.Conn, results <-chan Accepted) {
 // RequireStopped receives n results, which must be StoppedError.
 func RequireStopped(t testing.TB, results <-chan Accepted, n int) {
 	t.Helper()
+	requireStopped(t, results, n, "Stop")
+}
+
+func requireStopped(t testing.TB, results <-chan Accepted, n int, stop string) {
+	t.Helper()
 	for range n {
-		RequireStoppedError(t, Receive(t, results, "return of Accept after Stop").Err)
+		RequireStoppedError(t, Receive(t, results, "return of Accept after "+stop).Err)
 	}
 }
 
@@ -239,6 +244,14 @@ func RequireStoppedError(t testing.TB, err error) {
 	t.Helper()
 	if err != stoppablelistener.StoppedError {
 		require.FailNow(t, fmt.Sprintf("the error is not StoppedError: %v", err))
+	}
+}
+
+// SkipIfShort skips the test in a short run.
+func SkipIfShort(t testing.TB, why string) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip(why)
 	}
 }
 
