@@ -113,11 +113,11 @@ package restart
 
 import (
 	"context"
-	"errors"
 	"net"
 	"os"
 
 	"github.com/c2db162c/stoppablelistener"
+	"github.com/c2db162c/stoppablelistener/internal/replaced"
 )
 
 // ErrReplaced is the cause of a context if another process serves from now on:
@@ -126,7 +126,7 @@ import (
 //
 // With any other cause, this process is being stopped: with the service, or because it was
 // signaled alone, or because its parent was killed.
-var ErrReplaced = errors.New("user defined signal 2")
+var ErrReplaced = replaced.Err
 
 // A Process is what [Run] passes to serve: the listening sockets of the running process, and
 // its part in restarts. Multiple goroutines may invoke its methods simultaneously.
