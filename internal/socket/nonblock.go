@@ -1,8 +1,5 @@
 //go:build unix || wasip1
 
-// Package socket does to the descriptor of a socket what package net does not offer: it sets
-// nonblocking mode, duplicates it without setting blocking mode, and makes the system
-// refuse new connections.
 package socket
 
 import "syscall"

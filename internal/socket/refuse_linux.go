@@ -19,14 +19,36 @@ const (
 // with SYN cookies, there are no request sockets, and they fail. Linux allows this without
 // privileges since version 5.7, unless the socket is bound already.
 func Refuse(conn syscall.Conn) bool {
-	bound := 0
-	err := control(conn, func(fd int) (err error) {
-		err = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, soBindToIfindex, noInterface)
-		if err != nil {
-			return err
-		}
-		bound, err = syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, soBindToIfindex)
-		return err
+	refuses := false
+	_ = control(conn, func(fd int) error {
+		// It fails if another process has done the same before. In gVisor, it succeeds and
+		// has no effect. So only the value counts.
+		_ = syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, soBindToIfindex, noInterface)
+		refuses = isRefusing(fd)
+		return nil
 	})
-	return err == nil && bound == noInterface // gVisor accepts options that it does not know
+	return refuses
+}
+
+func isRefusing(fd int) bool {
+	bound, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, soBindToIfindex)
+	return err == nil && bound == noInterface
+}
+
+// ShutDown makes a socket that refuses new connections stop listening. It affects all duplicates
+// of the socket: Accept returns EINVAL. Connections in the accept queue are reset. Another socket
+// can listen at the same address then, and gets each SYN.
+func ShutDown(conn syscall.Conn) {
+	_ = control(conn, func(fd int) error { return syscall.Shutdown(fd, syscall.SHUT_RDWR) })
+}
+
+// IsShutDown reports whether ShutDown has been called for the socket, in any process.
+func IsShutDown(conn syscall.Conn) bool {
+	shutDown := false
+	_ = control(conn, func(fd int) error {
+		listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
+		shutDown = err == nil && listens == 0 && isRefusing(fd)
+		return nil
+	})
+	return shutDown
 }
