@@ -60,7 +60,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/c2db162c/stoppablelistener/internal/socket"
@@ -76,12 +75,17 @@ import (
 const pollInterval = time.Minute
 
 const (
-	// drainWait is how long Accept waits for another connection after Drain. A handshake takes
-	// a round-trip time, which is shorter on nearly any path.
-	drainWait = 250 * time.Millisecond
+	// firstLook is the time from Drain to the first look for connections that are still to be
+	// accepted: a SYN may be there that the kernel has already assigned to the socket.
+	firstLook = 5 * time.Millisecond
 
-	// lookWait is how long Accept waits once more after that; see endWait.
-	lookWait = drainWait / 10
+	// maxHandshake is the time from Drain during which handshakes are waited for. It is longer
+	// than a round-trip time by satellite, and half-open connections delay the end of Drain by it.
+	maxHandshake = 2 * time.Second
+
+	// blindWait is the same, if the system does not show its handshakes. It is longer than a
+	// round-trip time on nearly any path.
+	blindWait = 250 * time.Millisecond
 )
 
 // longPast is a deadline that interrupts Accept; net/http interrupts reads with the same.
@@ -103,18 +107,19 @@ var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.Err
 // socket stays open. Create one with [New]; the zero value is not usable. Multiple
 // goroutines may invoke its methods simultaneously.
 //
-// Addr, Close and SyscallConn are those of the embedded listener.
+// Addr, Close and SyscallConn are those of the embedded listener. Do not pass that one to what
+// accepts connections: neither Stop nor Drain makes its Accept return StoppedError.
 type StoppableListener struct {
 	*net.TCPListener
 
-	stop     chan struct{} // no values sent; closed with mu held, by Stop or at the end of Drain
-	draining atomic.Bool   // set with mu held, by Drain
+	stop chan struct{} // no values sent; closed with mu held, by Stop or at the end of Drain
 
-	mu       sync.Mutex // guards the fields below, and each change of the TCPListener's deadline
-	deadline time.Time  // as the caller set it; zero means none
-	refusing bool       // after Drain: the system refuses new connections
-	waitEnd  time.Time  // after Drain: when the wait is over; zero until an Accept starts to wait
-	looking  bool       // after Drain: the wait is lookWait
+	mu         sync.Mutex        // guards the fields below, and each change of the TCPListener's deadline
+	deadline   time.Time         // as the caller set it; zero means none
+	drained    time.Time         // when Drain was called; zero means not yet
+	refusing   bool              // after Drain: the system refuses new connections
+	handshakes socket.Handshakes // after Drain
+	nextLook   time.Time         // after Drain: the deadline of the TCPListener
 }
 
 // New wraps l, which must be an open, non-nil [*net.TCPListener], no matter which function
@@ -166,9 +171,6 @@ func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
 		if err == nil {
-			if sl.draining.Load() {
-				sl.waitAgain()
-			}
 			return conn, nil
 		}
 		if err = sl.endPoll(err); err != nil {
@@ -196,7 +198,7 @@ func (sl *StoppableListener) File() (*os.File, error) {
 func (sl *StoppableListener) SetDeadline(t time.Time) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	if sl.stopped() || sl.draining.Load() {
+	if sl.stopped() || !sl.drained.IsZero() {
 		return StoppedError
 	}
 	sl.deadline = t
@@ -222,45 +224,56 @@ func (sl *StoppableListener) Stop() {
 	}
 }
 
-// Drain stops the accept loop for the last time: the system refuses new connections, and the
-// accept loop returns when it has accepted those that exist. Drain returns at once, and closes
-// neither the socket nor accepted connections.
+// Drain stops the accept loop for the last time: the system refuses new connections, and Accept
+// returns those that exist, and then [StoppedError]. Drain returns at once, and closes neither the
+// socket nor accepted connections.
 //
 // Call it only if nothing else accepts from the socket, now or later: no other wrapper, no
 // other process, no service manager. It cannot be undone, and affects every duplicate of the
-// socket. With package restart, call its Process.Stop instead, which calls Drain or Stop.
+// socket. Package restart's Listener has a Drain method that calls this one, or Stop.
 //
-// Accept and AcceptTCP keep returning connections: those in the accept queue, and those whose
-// handshake completes. When none has come for 250 ms, which is longer than a handshake takes on
-// nearly any path, they return [StoppedError], in each goroutine that is blocked and in each
-// later call. After that, closing the socket resets no connection, unless a packet of its
-// handshake was lost and is sent again, or the client has not sent what TCP_DEFER_ACCEPT waits
-// for. While no descriptor is free, Accept returns package net's error (EMFILE), and not yet
-// StoppedError.
+// The accept loop must keep calling Accept until it returns StoppedError. That happens, in each
+// goroutine, some milliseconds after the last connection was accepted or the last handshake has
+// completed. Closing the socket then resets no connection. Its address is free already: another
+// socket can listen there while this one is open. If no descriptor is free, Accept returns package
+// net's error (EMFILE), as before Drain.
 //
-// A deadline set with SetDeadline no longer counts. Calls after the first, and calls after
-// Stop, do nothing. Drain may be called before the first Accept and after Close.
+// A handshake is waited for until two seconds after Drain. With TCP_DEFER_ACCEPT, it lasts until
+// the client sends data. Half-open connections, whose clients never complete the handshake, delay
+// StoppedError by up to two seconds; those older than about three seconds do not. Handshakes with
+// SYN cookies fail; the kernel uses these if the backlog is exceeded.
+//
+// Drain may be called before the first Accept and after Close. Calls after the first, and calls
+// after Stop, do nothing. A deadline set with SetDeadline no longer counts.
+//
+// If another process has drained the socket, Accept blocks until Stop, Drain or Close is called in
+// this one too, and then returns StoppedError. The Accept of a plain *net.TCPListener returns
+// EINVAL.
 //
 // New connections are refused on Linux since version 5.7, without privileges, for TCP and
 // Multipath TCP. There, connect returns "connection refused" at once; if another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
-// because the kernel drops their first SYN. Handshakes with SYN cookies fail; the kernel uses
-// these if the backlog is exceeded.
+// because the kernel drops their first SYN. The kernel shows the handshakes in flight by netlink.
+// If it does not, because a sandbox or its configuration forbids that, or because the socket was
+// created in another network namespace, Accept waits for handshakes until 250 ms after Drain.
 //
 // On other systems, in some sandboxes, and, without privileges, on a socket that is bound to a
-// device, connections cannot be refused. Accept returns connections for 250 ms after Drain, and
-// then StoppedError. Closing the socket then resets the connections in its accept queue and in
-// the handshake.
+// device, or to a link-local address, connections cannot be refused. Accept returns connections for
+// 250 ms after Drain, and then StoppedError. Closing the socket then resets the connections in its
+// accept queue and in the handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	if sl.stopped() || sl.draining.Load() {
+	if sl.stopped() || !sl.drained.IsZero() {
 		return // after Stop, the socket may be in use by another wrapper
 	}
-	sl.draining.Store(true)
+	sl.drained = time.Now()
 	sl.refusing = socket.Refuse(sl.TCPListener)
-	sl.waitEnd = time.Now().Add(drainWait)
-	sl.startWait()
+	if sl.refusing {
+		sl.lookIn(firstLook)
+	} else {
+		sl.lookIn(blindWait)
+	}
 }
 
 // stopped reports whether Stop has been called, or Drain has stopped the accept loop.
@@ -273,79 +286,90 @@ func (sl *StoppableListener) stopped() bool {
 	}
 }
 
-// waitAgain is called when an Accept has returned a connection after Drain.
-func (sl *StoppableListener) waitAgain() {
-	sl.mu.Lock()
-	defer sl.mu.Unlock()
-	if !sl.stopped() {
-		sl.startWait()
-	}
-}
-
 // endPoll is called with the error of an accept. It starts the next poll and returns nil if
 // only the poll has ended; otherwise it returns the error for the caller.
 func (sl *StoppableListener) endPoll(err error) error {
-	sl.mu.Lock()
-	defer sl.mu.Unlock()
-	if sl.stopped() {
+	timeout := errors.Is(err, os.ErrDeadlineExceeded)
+	if !timeout && socket.IsShutDown(sl.TCPListener) {
+		sl.awaitStop()
 		return StoppedError
 	}
-	if sl.draining.Load() {
-		return sl.endWait(err)
-	}
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		return err
-	}
-	if !sl.deadline.IsZero() && !time.Now().Before(sl.deadline) {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	draining := !sl.drained.IsZero()
+	switch {
+	case sl.stopped():
+		return StoppedError
+	case draining && errors.Is(err, net.ErrClosed):
+		sl.interrupt()
+		return StoppedError
+	case draining && timeout:
+		sl.look()
+		return nil
+	case !timeout, !sl.deadline.IsZero() && !time.Now().Before(sl.deadline):
 		return err
 	}
 	_ = sl.startPoll() // fails only on a closed listener, which the next accept reports
 	return nil
 }
 
-// endWait is endPoll after Drain. It is called with mu held.
+// look stops the accept loop if no connection is left to be accepted. Otherwise, it sets the
+// deadline at which it is called again. It is called with mu held, after Drain.
 //
-// If the process does not run at the end of the wait, because it is suspended or throttled, a
-// connection may come, but the deadline expires before Accept can look. So Accept waits once
-// more, for a moment, which starts with a look at the accept queue; and again, if it was late.
-func (sl *StoppableListener) endWait(err error) error {
-	now := time.Now()
+// When a handshake completes, the connection moves to the accept queue. So the queue comes last.
+func (sl *StoppableListener) look() {
+	since := time.Since(sl.drained)
 	switch {
-	case errors.Is(err, net.ErrClosed):
+	case time.Now().Before(sl.nextLook): // another goroutine has looked
+		_ = sl.TCPListener.SetDeadline(sl.nextLook)
+	case !sl.refusing: // connections may keep coming
 		sl.interrupt()
-		return StoppedError
-	case !errors.Is(err, os.ErrDeadlineExceeded): // no free descriptor, for example
-		sl.startWait()
-		return err
-	case sl.waitEnd.IsZero():
-		sl.waitEnd = now.Add(drainWait)
-	case now.Before(sl.waitEnd): // another goroutine has started the wait
-	case sl.refusing && (!sl.looking || now.After(sl.waitEnd.Add(lookWait))):
-		sl.looking = true
-		sl.waitEnd = now.Add(lookWait)
+	case sl.handshakeInFlight(since) || socket.HasPending(sl.TCPListener):
+		// Once a deadline has expired, package net returns the timeout without a look at the
+		// accept queue. So even a busy machine must call accept before that.
+		sl.lookIn(min(max(since/4, 25*time.Millisecond), 100*time.Millisecond))
 	default:
 		sl.interrupt()
-		return StoppedError
+		socket.ShutDown(sl.TCPListener)
 	}
-	_ = sl.TCPListener.SetDeadline(sl.waitEnd)
-	return nil
 }
 
-// startWait makes each Accept that is blocked, or is called next, wait for drainWait. It is
-// called with mu held, after Drain and after each connection.
-//
-// It does not set a deadline in drainWait from now, because package net returns the timeout of
-// an expired deadline without a look at the accept queue. An accept loop that has handled a
-// connection for longer than that would leave the others there. So the first Accept that
-// returns the timeout of longPast sets the deadline, and waits for all of the time.
-//
-// If the system does not refuse connections, they may keep coming forever: the time is counted
-// from Drain.
-func (sl *StoppableListener) startWait() {
-	if sl.refusing {
-		sl.waitEnd, sl.looking = time.Time{}, false
+// handshakeInFlight reports whether a handshake is in flight that is to be waited for.
+func (sl *StoppableListener) handshakeInFlight(since time.Duration) bool {
+	if since >= maxHandshake {
+		return false
 	}
-	_ = sl.TCPListener.SetDeadline(longPast)
+	inFlight, err := sl.handshakes.InFlight(sl.TCPListener)
+	if err != nil {
+		return since < blindWait
+	}
+	return inFlight
+}
+
+// lookIn sets the deadline to that of the next look. It is called with mu held.
+func (sl *StoppableListener) lookIn(d time.Duration) {
+	sl.nextLook = time.Now().Add(d)
+	_ = sl.TCPListener.SetDeadline(sl.nextLook)
+}
+
+// awaitStop waits until Stop, Drain or Close is called, in a process that has a socket which has
+// been drained by another. It may not have been told yet that it is being stopped. If Accept
+// returned an error, a server would exit and abandon its connections.
+func (sl *StoppableListener) awaitStop() {
+	for !sl.isDraining() && socket.IsShutDown(sl.TCPListener) { // false after Close
+		select {
+		case <-sl.stop:
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	sl.Stop()
+}
+
+func (sl *StoppableListener) isDraining() bool {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	return !sl.drained.IsZero()
 }
 
 // startPoll sets the deadline of the embedded listener to the end of the next poll.

@@ -711,18 +711,61 @@ func TestDrainRefusesNewConnectionsUntilTheSocketIsClosedAndAfter(t *testing.T) 
 }
 
 func TestDrainAffectsEveryDuplicateOfTheSocket(t *testing.T) {
+	t.Parallel()
+	tcptest.RequireRefusal(t)
+	sl, second := wrapWithDuplicate(t)
+	waiting := tcptest.Accept(second)
+	sl.Drain()
+	tcptest.RequireRefused(t, second)
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	require.Error(t, tcptest.Receive(t, waiting, "return of the plain Accept of a duplicate").Err)
+}
+
+// Another process may drain the socket before this one is told to stop.
+func TestAcceptOfADuplicateWaitsForStopDrainOrClose(t *testing.T) {
+	t.Parallel()
+	tcptest.RequireRefusal(t)
+	for name, stop := range map[string]func(*stoppablelistener.StoppableListener){
+		"Stop":  (*stoppablelistener.StoppableListener).Stop,
+		"Drain": (*stoppablelistener.StoppableListener).Drain,
+		"Close": func(sl *stoppablelistener.StoppableListener) { sl.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			drained, duplicate := wrapWithDuplicate(t)
+			sl := tcptest.Wrap(t, duplicate)
+			waiting := tcptest.AcceptMany(sl, 2)
+			tcptest.AwaitAcceptors(t, 2)
+			drained.Drain()
+			tcptest.RequireDrained(t, tcptest.Accept(drained), 1)
+			later := tcptest.Accept(sl)
+			awaitDeadline(t, near)
+			select {
+			case got := <-waiting:
+				require.FailNow(t, "Accept has returned before "+name, "%v", got.Err)
+			case got := <-later:
+				require.FailNow(t, "Accept has returned before "+name, "%v", got.Err)
+			default:
+			}
+			stop(sl)
+			tcptest.RequireStopped(t, waiting, 2)
+			tcptest.RequireStopped(t, later, 1)
+			tcptest.RequireStopped(t, tcptest.Accept(sl), 1)
+		})
+	}
+}
+
+func TestDrainFreesTheAddress(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
 	l := tcptest.Listen(t)
-	file, err := l.File()
-	require.NoError(t, err)
-	defer file.Close()
-	second, err := net.FileListener(file)
-	require.NoError(t, err)
-	defer second.Close()
 	sl := tcptest.Wrap(t, l)
 	sl.Drain()
-	require.NoError(t, sl.Close())
-	tcptest.RequireRefused(t, second)
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	next, err := net.Listen("tcp", l.Addr().String())
+	require.NoError(t, err, "the drained socket, which is not closed yet, has the address")
+	defer next.Close()
+	tcptest.RequireClient(t, tcptest.Dial(t, next), tcptest.Accept(next))
 }
 
 func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing.T) {
@@ -738,13 +781,7 @@ func TestAcceptAfterDrainReturnsPendingConnectionsAndThenStoppedError(t *testing
 		tcptest.RequireClient(t, client, tcptest.Accept(sl))
 	}
 	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-	const more = 8
-	start := time.Now()
-	for range more {
-		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-	}
-	assert.Less(t, time.Since(start), more/2*tcptest.DrainWait,
-		"Accept waits again after StoppedError")
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 }
 
 // Serve closes the listener when it returns.
@@ -769,7 +806,7 @@ func TestHTTPServerRespondsToPendingRequestsAfterDrain(t *testing.T) {
 	}
 }
 
-func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
+func TestDrainStopsEachBlockedAccept(t *testing.T) {
 	t.Parallel()
 	const acceptors = 100
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
@@ -778,14 +815,12 @@ func TestDrainStopsEachBlockedAcceptAfterItHasWaited(t *testing.T) {
 	start := time.Now()
 	sl.Drain()
 	tcptest.RequireDrained(t, waiting, acceptors)
-	requireWaited(t, start)
 	took := time.Since(start)
-	assert.Less(t, took, acceptors/2*tcptest.DrainWait, "the goroutines wait one after another")
+	assert.Less(t, took, acceptors/2*tcptest.BlindWait, "the goroutines wait one after another")
 }
 
-// The accept loop handles each connection itself, which takes longer than Accept waits.
+// The accept loop handles each connection itself.
 func TestAcceptOfASlowLoopReturnsPendingConnectionsAfterDrain(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes half a second")
 	t.Parallel()
 	tcptest.RequireRefusal(t) // otherwise, the time is counted from Drain
 	l := tcptest.Listen(t)
@@ -793,11 +828,9 @@ func TestAcceptOfASlowLoopReturnsPendingConnectionsAfterDrain(t *testing.T) {
 	first, second := tcptest.Dial(t, l), tcptest.Dial(t, l)
 	sl.Drain()
 	tcptest.RequireClient(t, first, tcptest.Accept(sl))
-	awaitDeadline(t, tcptest.DrainWait*6/5)
+	awaitDeadline(t, tcptest.BlindWait*6/5)
 	tcptest.RequireClient(t, second, tcptest.Accept(sl))
-	start := time.Now()
 	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-	requireWaited(t, start)
 }
 
 // This is what Accept does where no connection is refused. The tests of internal/listenertest
@@ -813,6 +846,9 @@ func TestAcceptReturnsStoppedErrorAfterDrainWhileConnectionsKeepComing(t *testin
 
 // Stop takes some microseconds, and Accept would wait for much longer.
 func TestStopEndsDrainAtOnce(t *testing.T) {
+	if tcptest.RefusesAfterDrain() {
+		t.Skip("Drain ends at once by itself here; the tests of internal/listenertest delay it")
+	}
 	tcptest.RequireMedian(t, 100*time.Millisecond, "times of Stop", func() time.Duration {
 		sl := tcptest.Wrap(t, tcptest.Listen(t))
 		waiting := tcptest.AcceptMany(sl, 2)
@@ -854,7 +890,7 @@ func TestDrainAnyNumberOfTimesPostponesNothing(t *testing.T) {
 	t.Parallel()
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
 	sl.Drain()
-	again := time.NewTicker(tcptest.DrainWait / 50)
+	again := time.NewTicker(time.Millisecond)
 	defer again.Stop()
 	defer tcptest.Loop(t, 3, func() bool {
 		<-again.C
@@ -868,10 +904,8 @@ func TestDrainAnyNumberOfTimesPostponesNothing(t *testing.T) {
 func TestDrainBeforeTheFirstAccept(t *testing.T) {
 	t.Parallel()
 	sl := tcptest.Wrap(t, tcptest.Listen(t))
-	start := time.Now()
 	sl.Drain()
 	tcptest.RequireDrained(t, tcptest.AcceptMany(sl, 3), 3)
-	requireWaited(t, start)
 }
 
 func TestDrainBeforeAndAfterClose(t *testing.T) {
@@ -886,58 +920,22 @@ func TestDrainFromAHandler(t *testing.T) {
 
 func TestDeadlineDoesNotCountAfterDrain(t *testing.T) {
 	t.Parallel()
-	for name, before := range map[string]time.Duration{
-		"past": -time.Hour,
-		"near": tcptest.DrainWait / 2, // while Accept waits
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			l := tcptest.Listen(t)
-			sl := tcptest.Wrap(t, l)
-			client := tcptest.Dial(t, l)
-			require.NoError(t, sl.SetDeadline(time.Now().Add(before)))
-			start := time.Now()
-			sl.Drain()
-			tcptest.RequireClient(t, client, tcptest.Accept(sl))
-			tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-			requireWaited(t, start)
-		})
-	}
-}
-
-func TestSetDeadlineAfterDrainChangesNothing(t *testing.T) {
-	t.Parallel()
-	for name, deadline := range map[string]time.Time{
-		"past": tcptest.Past, "far": time.Now().Add(time.Hour), "cleared": none,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			sl := tcptest.Wrap(t, tcptest.Listen(t))
-			waiting := tcptest.Accept(sl)
-			start := time.Now()
-			sl.Drain()
-			awaitDeadline(t, tcptest.DrainWait/5) // Accept has started to wait
-			tcptest.RequireStoppedError(t, sl.SetDeadline(deadline))
-			tcptest.RequireDrained(t, waiting, 1)
-			requireWaited(t, start)
-			tcptest.RequireStoppedError(t, sl.SetDeadline(deadline))
-		})
-	}
-}
-
-// Accept would be slower if it moved the deadline for each connection.
-func TestAcceptMovesTheDeadlineForAConnectionOnlyAfterDrain(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes half a second")
-	t.Parallel()
 	l := tcptest.Listen(t)
 	sl := tcptest.Wrap(t, l)
 	client := tcptest.Dial(t, l)
-	deadline := time.Now().Add(tcptest.Patience / 20) // the end of this poll
-	require.NoError(t, l.SetDeadline(deadline))
+	require.NoError(t, sl.SetDeadline(tcptest.Past))
+	sl.Drain()
 	tcptest.RequireClient(t, client, tcptest.Accept(sl))
-	got := tcptest.Receive(t, tcptest.Accept(l), "end of the poll")
-	requireTimeout(t, got.Err)
-	assert.False(t, time.Now().Before(deadline), "Accept has moved the deadline before Drain")
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+}
+
+func TestSetDeadlineAfterDrainReturnsStoppedError(t *testing.T) {
+	t.Parallel()
+	sl := tcptest.Wrap(t, tcptest.Listen(t))
+	sl.Drain()
+	tcptest.RequireStoppedError(t, sl.SetDeadline(none))
+	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+	tcptest.RequireStoppedError(t, sl.SetDeadline(none))
 }
 
 func TestDrainStartsNoGoroutine(t *testing.T) {
@@ -998,6 +996,18 @@ func requireStopFromAHandler(t *testing.T, stop func(*stoppablelistener.Stoppabl
 	require.NoError(t, server.Shutdown(context.Background()))
 }
 
+// wrapWithDuplicate returns a wrapper of a socket, and a duplicate of the socket.
+func wrapWithDuplicate(t *testing.T) (*stoppablelistener.StoppableListener, *net.TCPListener) {
+	sl := tcptest.Wrap(t, tcptest.Listen(t))
+	file, err := sl.File()
+	require.NoError(t, err)
+	defer file.Close()
+	duplicate, err := net.FileListener(file)
+	require.NoError(t, err)
+	t.Cleanup(func() { duplicate.Close() })
+	return sl, duplicate.(*net.TCPListener)
+}
+
 // runChild runs a child process that inherits file and exits at once.
 func runChild(t *testing.T, file *os.File) {
 	cmd := exec.Command(proctest.Self(t))
@@ -1041,12 +1051,4 @@ func awaitDeadline(t testing.TB, d time.Duration) {
 	require.NoError(t, l.SetDeadline(time.Now().Add(d)))
 	_, err := l.Accept()
 	requireTimeout(t, err)
-}
-
-// requireWaited requires start, which is before Drain or before the last connection, to be as
-// long ago as Accept must wait after that.
-func requireWaited(t testing.TB, start time.Time) {
-	t.Helper()
-	require.GreaterOrEqual(t, time.Since(start), tcptest.DrainWait,
-		"Accept has not waited long enough for connections after Drain")
 }

@@ -30,7 +30,7 @@ func suspended() {
 	_, _ = fmt.Scanln() // the client has connected
 	accepted := tcptest.Accept(sl)
 	sl.Drain()
-	time.Sleep(tcptest.DrainWait / 5) // Accept has started to wait
+	time.Sleep(tcptest.BlindWait / 5) // Accept has started to wait
 	fmt.Println("suspended")
 	require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGSTOP))
 
@@ -57,7 +57,7 @@ func TestConnectionThatComesWhileTheProcessIsSuspended(t *testing.T) {
 	p.RequireLines(t, "suspended")
 	_, err = client.Write([]byte("x")) // completes the handshake
 	require.NoError(t, err)
-	time.Sleep(tcptest.DrainWait * 6 / 5)
+	time.Sleep(tcptest.BlindWait * 6 / 5)
 	proctest.Signal(t, p.Process, syscall.SIGCONT)
 	_, err = client.Read(make([]byte, 1))
 	require.NoError(t, err, "the client has no response; standard error: %s", p.Errors(t))

@@ -31,8 +31,8 @@ func TestEachConnectionIsServedOrRefused(t *testing.T) {
 	}{
 		{"one accept loop", 1 + tcptest.Rounds(4), 1, 16, 500, 0},
 		{"many accept loops", 1 + tcptest.Rounds(4), 8, 16, 500, 0},
-		{"slow accept loop", 1, 1, 16, 16, tcptest.DrainWait / 8},
-		{"very slow accept loop", 1, 1, 4, 1, tcptest.DrainWait * 6 / 5},
+		{"slow accept loop", 1, 1, 16, 16, tcptest.BlindWait / 8},
+		{"very slow accept loop", 1, 1, 4, 1, tcptest.BlindWait * 6 / 5},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.takes > 0 && testing.Short() {

@@ -63,7 +63,7 @@ func TestNoDescriptorIsFreeAfterDrain(t *testing.T) {
 	sl.Drain()
 	for range 2 {
 		requireNoDescriptor(t, sl)
-		time.Sleep(tcptest.DrainWait * 6 / 5)
+		time.Sleep(tcptest.BlindWait * 6 / 5)
 	}
 	for i, client := range []net.Conn{first, second} {
 		require.NoError(t, files[i].Close())

@@ -456,7 +456,7 @@ func (w *wrapper) violation(op acceptOp) string {
 			return "neither stopped nor drained yet"
 		case w.close.calledBeforeReturn(op.span):
 			return ""
-		case op.returned.Sub(w.drainTime) < tcptest.DrainWait:
+		case op.returned.Sub(w.drainTime) < tcptest.BlindWait && !tcptest.RefusesAfterDrain():
 			return "has not waited after Drain"
 		}
 		return ""
