@@ -53,7 +53,7 @@ func serve(ctx context.Context, p *restart.Process, addr string, timeout time.Du
 	fmt.Printf("Got signal:%v\n", context.Cause(ctx))
 	fmt.Println("Stopping listener")
 	drainer.DisableKeepAlives()
-	p.Stop(sl)
+	sl.Drain()
 	fmt.Println("Waiting on server")
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err

@@ -32,7 +32,7 @@ func serve(ctx context.Context, p *restart.Process) error {
 
 	context.AfterFunc(ctx, func() {
 		drainer.DisableKeepAlives()
-		p.Stop(sl)
+		sl.Drain()
 	})
 	if err := <-served; err != stoppablelistener.StoppedError {
 		return err

@@ -45,21 +45,22 @@ func TestSocketsOfAnIncompleteMessageAreClosed(t *testing.T) {
 
 // The service was stopped, the timeout is over, or there is another new process by now.
 func TestChildThatIsReadyTooLateDoesNotServe(t *testing.T) {
-	c := new(child)
-	for name, s := range map[string]*supervisor{
+	c := new(childProcess)
+	for name, p := range map[string]*parent{
 		"stopping":        {state: stopping, newProcess: c},
 		"late":            {state: steady, newProcess: c},
-		"another process": {state: restarting, newProcess: new(child)},
+		"another process": {state: restarting, newProcess: new(childProcess)},
 	} {
 		l := tcptest.Listen(t)
 		fd, err := socket.DupConn(l)
 		require.NoError(t, err)
 		require.NoError(t, l.Close())
-		before := s.state
-		s.serving, s.sockets = self(func(error) { t.Errorf("%s: replaced", name) }), new(sockets)
-		s.childReady(c, []held{{"tcp 127.0.0.1:0", fd}}, nil)
-		assert.Equal(t, before, s.state, name)
-		_, ok := s.serving.(*child)
+		before := p.state
+		p.serving = self(func(error) { t.Errorf("%s: replaced", name) })
+		c.settled = make(chan struct{})
+		p.childReady(c, []held{{"tcp 127.0.0.1:0", fd}}, nil)
+		assert.Equal(t, before, p.state, name)
+		_, ok := p.serving.(*childProcess)
 		assert.False(t, ok, "%s: the child serves", name)
 		tcptest.AwaitRefused(t, l.Addr().String())
 	}
@@ -92,7 +93,7 @@ func TestInheritedSocketIsFoundByItsAddress(t *testing.T) {
 		}
 		require.NoError(t, err)
 		defer created.Close()
-		l := inherited{"", created.(*net.TCPListener)}
+		l := inherited{TCPListener: created.(*net.TCPListener)}
 		_, port, err := net.SplitHostPort(l.Addr().String())
 		require.NoError(t, err)
 		if tt.name != activation {

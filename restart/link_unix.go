@@ -5,114 +5,89 @@ package restart
 import (
 	"bytes"
 	"errors"
-	"log"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// The protocol between the parent and a child, which must not change: the parent runs an older
-// version of this package than its children.
+// The protocol between the parent and a child. Each may run another version of this package, so
+// a change needs another protocolVersion.
 //
-// A child is started with one end of a socket pair, the link, as descriptor 3, and with the
-// listening sockets as the descriptors after it. Their names, one per line, are in the environment
-// variable socketsEnv. Addresses of sockets that come from socket activation are in activatedEnv,
-// in the same form; older versions of this package do not set it.
+// A child is started with the listening sockets as the descriptors from firstFD on, and after them
+// with one end of a socket pair, the link. The environment variable protocolEnv has
+// protocolVersion, a space and the parent's process ID in its first line, and a name for each
+// socket in the others: network, space and address, as passed to Listen, and then " activated" if
+// the socket comes from socket activation.
 //
 // When the child is ready, it sends its own sockets, each as name, newline and descriptor, and
-// then another newline. To stop the child, the parent sends the number of a signal as one byte,
-// its word, and closes its end. The word is SIGUSR2 if another process serves, and otherwise
-// the service is being stopped.
+// then another newline. If it is then signaled itself, it sends the number of the signal as one
+// byte. To stop the child, the parent sends the number of a signal as one byte, its word, and
+// closes its end. The word is SIGUSR2 if another process serves, and otherwise the service is
+// being stopped.
 const (
-	socketsEnv   = "STOPPABLELISTENER_RESTART"
-	activatedEnv = "STOPPABLELISTENER_RESTART_ACTIVATED"
-	linkFD       = 3
+	protocolEnv     = "STOPPABLELISTENER_RESTART"
+	protocolVersion = "1"
 )
 
-// passed is what this process was started with.
-var passed struct {
-	parent     *parent
-	names      []string // of the sockets from linkFD+1 on, if there is a parent
-	activated  []string // addresses of sockets from socket activation, if there is a parent
-	noDrain    bool     // the parent does not know those
-	err        error    // there is no link, although there seems to be a parent
-	activation []int    // in the parent: the sockets that socket activation has passed to it
+// A passed is what the parent has started this process with.
+type passed struct {
+	parentPid int
+	link      *link
+	sockets   []descriptor
+	err       error // why there is no link
 }
 
-// Before main, so that a process which main starts inherits neither the sockets nor the
-// variables, and so that a child exits with its parent even before it calls Run.
-func init() {
-	names, ok := os.LookupEnv(socketsEnv)
+// takePassed is called before main, so that a process which main starts inherits neither the
+// sockets nor the variable. It reports whether this process is a child.
+func takePassed() (p passed, ok bool) {
+	value, ok := os.LookupEnv(protocolEnv)
 	if !ok {
-		passed.activation = activatedSockets()
-		return
+		return p, false
 	}
-	activated, ok := os.LookupEnv(activatedEnv)
-	_ = os.Unsetenv(socketsEnv)
-	_ = os.Unsetenv(activatedEnv)
-	passed.names, passed.activated, passed.noDrain = lines(names), lines(activated), !ok
-	for i := range passed.names {
-		syscall.CloseOnExec(linkFD + 1 + i)
+	_ = os.Unsetenv(protocolEnv)
+	header, names, _ := strings.Cut(value, "\n")
+	version, pid, _ := strings.Cut(header, " ")
+	if version != protocolVersion {
+		p.err = fmt.Errorf("restart: the parent uses another version of the protocol: %q instead of %q",
+			version, protocolVersion)
+		return p, true
 	}
-	l, err := openLink(linkFD)
-	if err != nil {
-		passed.err = err
-		return
+	p.parentPid, _ = strconv.Atoi(pid)
+	fd := firstFD
+	for _, name := range lines(names) {
+		p.sockets = append(p.sockets, newDescriptor(fd, name))
+		fd++
 	}
-	passed.parent = &parent{
-		pid: os.Getppid(), link: l, childReady: make(chan struct{}), told: make(chan struct{}),
-	}
-	go passed.parent.receive()
-}
-
-// A parent is the parent as a child sees it.
-type parent struct {
-	pid        int
-	link       *link
-	childReady chan struct{}  // closed by Ready
-	told       chan struct{}  // closed when the parent has sent its word, or has exited
-	word       syscall.Signal // valid when told is closed; 0 if the parent has exited without one
-}
-
-// receive waits for the parent's word. A child that is not ready exits with its parent.
-func (p *parent) receive() {
-	p.word = p.link.receiveWord()
-	if p.word == 0 && !closed(p.childReady) {
-		log.Fatalf("restart: %v before process %d was ready", errParentExited, os.Getpid())
-	}
-	close(p.told)
+	p.link, p.err = openLink(fd)
+	return p, true
 }
 
 // A link is one end of the connection between the parent and a child.
 type link struct{ conn *net.UnixConn }
 
 // startLinked starts cmd as a child that inherits sockets, and returns the parent's end of the
-// link.
-func startLinked(cmd *exec.Cmd, sockets *sockets) (*link, error) {
+// link. It closes the sockets.
+func startLinked(cmd *exec.Cmd, sockets []held) (*link, error) {
+	value := fmt.Sprintln(protocolVersion, os.Getpid())
+	for _, s := range sockets {
+		value += s.name + "\n"
+		file := os.NewFile(uintptr(s.fd), s.name)
+		defer file.Close()
+		cmd.ExtraFiles = append(cmd.ExtraFiles, file) // from firstFD on
+	}
+	cmd.Env = append(cmd.Env, protocolEnv+"="+value)
 	l, childEnd, err := linkPair()
 	if err != nil {
 		return nil, err
 	}
-	files, err := sockets.files()
-	cmd.ExtraFiles = append([]*os.File{childEnd}, files...) // from linkFD on
-	defer func() {
-		for _, file := range cmd.ExtraFiles {
-			_ = file.Close()
-		}
-	}()
-	if err == nil {
-		names := ""
-		for _, file := range files {
-			names += file.Name() + "\n"
-		}
-		cmd.Env = append(cmd.Env, socketsEnv+"="+names,
-			activatedEnv+"="+strings.Join(sockets.activated, "\n"))
-		err = cmd.Start()
-	}
-	if err != nil {
+	defer childEnd.Close()
+	cmd.ExtraFiles = append(cmd.ExtraFiles, childEnd)
+	if err := cmd.Start(); err != nil {
 		l.close()
 		return nil, err
 	}
@@ -140,10 +115,9 @@ func linkPair() (*link, *os.File, error) {
 	return l, file, nil
 }
 
-var errNoLink = errors.New("restart: descriptor 3 is not a link")
-
 // openLink returns a link that replaces fd.
 func openLink(fd int) (*link, error) {
+	errNoLink := fmt.Errorf("restart: descriptor %d is not a link to the parent", fd)
 	if !isSocket(fd) { // do not close what is no link, such as a descriptor of the Go runtime
 		return nil, errNoLink
 	}
@@ -162,7 +136,7 @@ func openLink(fd int) (*link, error) {
 }
 
 // sendSockets sends sockets to the parent, and closes them. If the parent has exited,
-// receiveWord reports that.
+// obeyParent notices that.
 func (l *link) sendSockets(sockets []held) {
 	defer closeAll(sockets)
 	for _, s := range sockets {
@@ -231,17 +205,17 @@ func (l *link) receiveText(fds *[]int) (string, error) {
 // interrupt makes receiveSockets return.
 func (l *link) interrupt() { _ = l.conn.SetReadDeadline(time.Unix(1, 0)) }
 
-// sendWord tells the child to shut down gracefully. Calls after the first do nothing.
-func (l *link) sendWord(sig syscall.Signal) {
+// sendSignal sends the number of a signal.
+func (l *link) sendSignal(sig syscall.Signal) {
+	_ = l.conn.SetWriteDeadline(time.Now().Add(time.Second)) // the process may be suspended
 	_, _ = l.conn.Write([]byte{byte(sig)})
-	l.close()
 }
 
-// receiveWord waits for the parent's word. It is 0 if the parent exits without one.
-func (l *link) receiveWord() syscall.Signal {
-	word := make([]byte, 1)
-	_, _ = l.conn.Read(word)
-	return syscall.Signal(word[0])
+// receiveSignal waits for the number of a signal. It is 0 if the link is closed.
+func (l *link) receiveSignal() syscall.Signal {
+	number := make([]byte, 1)
+	_, _ = l.conn.Read(number)
+	return syscall.Signal(number[0])
 }
 
 func (l *link) close() { _ = l.conn.Close() }

@@ -50,7 +50,6 @@ const (
 	controls    = "controls"    // prints a line for each socket that it creates
 	isStuck     = "isStuck"     // in Listen, as if a name server did not respond
 	atLimit     = "atLimit"     // listens twice when only one descriptor is free
-	clones      = "clones"      // prints whether os.FindProcess clones the process
 	listensLess = "listensLess" // not on the last address
 	listensMore = "listensMore" // on one address more
 	listensTCP4 = "listensTCP4" // on tcp4 instead of tcp
@@ -73,7 +72,7 @@ type instance struct {
 	files    []*os.File    // opened to use up the descriptors
 
 	process   *restart.Process
-	listeners []*stoppablelistener.StoppableListener
+	listeners []*restart.Listener
 }
 
 func program(version string) {
@@ -172,7 +171,7 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	}
 	served := make(chan error)
 	for _, sl := range in.listeners {
-		context.AfterFunc(ctx, func() { p.Stop(sl) })
+		context.AfterFunc(ctx, sl.Drain)
 		go func() { served <- server.Serve(sl) }()
 	}
 	fmt.Println(line)
@@ -188,7 +187,7 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		fmt.Println(in.name, "is done")
 	}
 	for _, sl := range in.listeners {
-		p.Stop(sl) // once more, perhaps at the same time
+		sl.Drain() // once more, perhaps at the same time
 		if err := <-served; err != stoppablelistener.StoppedError {
 			return err
 		}
@@ -248,14 +247,6 @@ func (in *instance) beforeListen(ctx context.Context) {
 			<-time.After(time.Hour)
 			return nil
 		}
-	}
-	if in.has(clones) {
-		// The clone would be counted as the first child that this process has waited for.
-		var before, after syscall.Rusage
-		check(syscall.Getrusage(syscall.RUSAGE_CHILDREN, &before))
-		_, _ = os.FindProcess(os.Getpid())
-		check(syscall.Getrusage(syscall.RUSAGE_CHILDREN, &after))
-		fmt.Println(in.name, "clones:", before != after)
 	}
 	if in.has(atLimit) {
 		l, err := in.process.Listen("tcp", "localhost:0") // may open files that stay open
@@ -333,9 +324,9 @@ func (in *instance) handler() http.Handler {
 			in.serve <- errFails
 		}
 	})
-	mux.HandleFunc("/stop", func(http.ResponseWriter, *http.Request) {
+	mux.HandleFunc("/drain", func(http.ResponseWriter, *http.Request) {
 		for _, sl := range in.listeners {
-			in.process.Stop(sl)
+			sl.Drain()
 		}
 	})
 	mux.HandleFunc("/limit", func(http.ResponseWriter, *http.Request) { in.useUpDescriptors() })

@@ -2,61 +2,48 @@
 //
 // On SIGUSR2, it starts the program, or its new version, in a new process, which inherits the
 // listening sockets. Once that is ready, the serving process shuts down gracefully. New
-// connections are neither refused nor reset:
+// connections are neither refused nor reset. In main, call [Run](serve):
 //
-//	err := restart.Run(func(ctx context.Context, p *restart.Process) error {
-//		sl, err := p.Listen("tcp", ":8080") // inherited, in a child
-//		...                                 // accept connections from sl
-//		p.Ready()                           // this is the serving process now
-//		<-ctx.Done()                        // signaled, or replaced by a new process
-//		p.Stop(sl)                          // the accept loop returns
-//		...                                 // shut down gracefully, and return
-//	})
+//	func serve(ctx context.Context, p *restart.Process) error {
+//		l, err := p.Listen("tcp", ":8080") // inherited, in a new process
+//		if err != nil {
+//			return err
+//		}
+//		p.Ready()                                  // this is the serving process now
+//		return httpdrain.New(server).Serve(ctx, l) // until it is replaced or signaled
+//	}
 //
-// When the service is stopped, [Process.Stop] resets none either, within the limits of
-// [stoppablelistener.StoppableListener.Drain]. Then close the open connections with package
-// httpdrain, or with the graceful shutdown of another server. The example of [Run] is a
-// complete program.
+// Any other server calls [Listener.Drain] when ctx is done, shuts down gracefully, and returns.
 //
 // # Processes
 //
-// The parent is the process that is started first. It starts all others, its children. The
-// serving process is the parent until the first restart, and then the child that has become
-// ready last. A new process is a child that is not ready yet.
-//
-// The parent runs until the service is stopped, although after the first restart it only starts
-// and stops children. Supervisors, containers and shells know its process ID, and take its exit
-// for that of the service. So no PID file is needed, and no process becomes an orphan, unlike
-// with packages whose parent exits after each restart (tableflip, endless).
+// The parent is the process that is started first. It starts all others, its children, and runs
+// until the service is stopped. So supervisors, containers and shells, which know its process
+// ID, see one service, unlike with packages whose parent exits after each restart (tableflip,
+// endless). The serving process is the parent until the first restart, and then the child that
+// has become ready last. A new process is a child that is not ready yet.
 //
 // A child has the arguments, the environment and the working directory that the parent was
-// started with. The parent may change its own in main: they are taken when this package is
-// initialized. The program is that at os.Args[0], relative to this directory or found in this
-// PATH. Standard streams are those of the parent. In a child, the descriptors from 3 on are its
-// sockets, so only the parent can use others that a supervisor passes, such as s6's for
-// notifications.
+// started with, whatever main changes, and its standard streams. The program is that at
+// os.Args[0], relative to this directory or found in this PATH. A script that starts it must do
+// so with exec, also as a new version.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
-// the link, or in that directory. The name of the directory is taken from PWD, which shells set;
-// a unit for systemd then needs Environment=PWD=/srv/current with WorkingDirectory=/srv/current.
+// the link, or in that directory. The name of the directory is taken from PWD, which shells set.
 //
 // # Signals
 //
 // Send signals to the parent, whose process ID is [Process.Pid]. SIGINT and SIGTERM stop the
-// service; a second one kills it. One that is delivered to the parent and its children counts
-// once, as when Ctrl+C is typed or systemd stops the service. SIGUSR2 has an effect once Run has
-// called serve. If it arrives before the Go runtime has started, it kills the process.
+// service; a second one kills it, unless it comes within 100 ms, as with timeout, npm or Ctrl+C.
+// If the serving process is signaled itself, the service is stopped too. SIGUSR2 has an effect
+// once Run has called serve; before the Go runtime has started, it kills the process.
 //
 // After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
-// example, on to the serving process; not SIGHUP if that is ignored, as with nohup. A new process
-// does not get those that arrive before it is ready.
+// example, on to the serving process, which therefore gets one for the whole process group
+// twice. SIGINT and SIGHUP stay ignored if they were (nohup, or & in a script).
 //
-// The program may be notified of all these signals too, but must not call [os/signal.Reset] or
-// [os/signal.Ignore] for them: they would lose their effect on the service.
-//
-// If the parent is killed, a new process exits with status 1 at once, and the other children
-// shut down gracefully, so that a supervisor can start the service again. If the serving process
-// is a child and exits, whatever the reason, the service is stopped.
+// If the parent is killed, the serving process shuts down gracefully, and a new process exits at
+// once, so that a supervisor can start the service again.
 //
 // # Supervisors
 //
@@ -67,46 +54,24 @@
 //	ExecStart=/usr/local/bin/server
 //	ExecReload=/bin/kill -USR2 $MAINPID
 //
-// With it, systemctl reload restarts the server. It reports only whether the signal was sent;
-// the log shows whether the restart failed. Other commands that send the signal are sv 2 server
-// (runit), supervisorctl signal USR2 server, and docker kill --signal USR2 server. If a shell
-// script starts the program, it must do so with exec.
-//
-// Listen also returns the sockets of systemd's socket activation. With these, systemctl restart
-// does not refuse connections either: they stay in the accept queue until the service accepts
-// again. That requires a socket unit:
-//
-//	[Socket]
-//	ListenStream=8080
-//
-// # Load balancers
-//
-// A load balancer keeps sending connections until it has noticed that the service is stopped.
-// A restart needs no such delay, because another process already serves:
-//
-//	<-ctx.Done()
-//	if !errors.Is(context.Cause(ctx), restart.ErrReplaced) {
-//		drainer.DisableKeepAlives()
-//		time.Sleep(delay)
-//	}
-//	p.Stop(sl)
+// With it, systemctl reload restarts the server; the log shows whether that has failed. Other
+// commands are sv 2 server (runit), supervisorctl signal USR2 server, and docker kill --signal
+// USR2 server. Type=notify-reload and WatchdogSec are not supported, because children cannot send
+// what systemd expects of the parent. With a socket unit (ListenStream=8080), systemctl restart
+// refuses no connection either: they stay in the accept queue until the next start.
 //
 // # Limitations
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
-//   - During a restart, two processes run. If the program needs what only one process can have,
-//     such as a file lock or a port that is not opened with Listen, the new process fails, and
-//     the serving process keeps serving.
-//   - A new process has a minute to call Ready.
-//   - A framework must be able to serve a listener that it has not opened.
-//   - The parent keeps running the version of the program that it was started with, and its
-//     limits and user are those of all children.
+//   - During a restart, two processes run. What only one process can have, such as a file lock,
+//     makes a restart fail. There must be memory, process IDs and descriptors for two: otherwise,
+//     the system may kill the parent.
+//   - The parent keeps running the version of the program, with the limits and as the user, that
+//     it was started with. What packages and main start there, such as periodic tasks and metrics,
+//     never stops: start it in serve. When serve returns, unused memory is returned to the system.
 //   - A restart cannot change a wildcard address to a specific one, or back, or its network: they
 //     conflict while the old socket is open.
-//   - A restart fails if the working directory has been removed, or cannot be entered.
-//   - Run closes sockets of socket activation that are not TCP listeners.
-//   - With systemd, notifications from children require NotifyAccess=all. WatchdogSec is not
-//     supported, because systemd expects its notifications from the parent.
+//   - Descriptors that a supervisor passes, such as s6's for notifications, are the parent's only.
 //   - In a container, where the parent is process 1, processes that outlive the children that
 //     started them become zombies; docker run --init avoids that.
 package restart
@@ -115,6 +80,9 @@ import (
 	"context"
 	"net"
 	"os"
+	"os/signal"
+	"syscall"
+	"time"
 
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/internal/replaced"
@@ -124,8 +92,8 @@ import (
 //
 //	errors.Is(context.Cause(ctx), restart.ErrReplaced)
 //
-// With any other cause, this process is being stopped: with the service, or because it was
-// signaled alone, or because its parent was killed.
+// Package httpdrain knows it, and then skips its Delay. With any other cause, this process is being
+// stopped: with the service, because it was signaled itself, or because its parent was killed.
 var ErrReplaced = replaced.Err
 
 // A Process is what [Run] passes to serve: the listening sockets of the running process, and
@@ -136,31 +104,46 @@ type Process struct {
 	// KeepAlive and KeepAliveConfig have no effect on their connections.
 	ListenConfig net.ListenConfig
 
-	system system // what differs by system
+	role role
+}
+
+// A role is that of the parent or that of a child.
+type role interface {
+	run(serve func(context.Context) error) error
+	listen(config *net.ListenConfig, network, address string) (
+		l *net.TCPListener, activated bool, err error)
+	ready()
+	endsService() bool // the service is being stopped, for which a child may have to wait
+	pid() int
 }
 
 // Run calls serve, and restarts the program on SIGUSR2. In the parent, it returns after all
 // children have exited. It returns the error of serve, unless the parent has been replaced by
 // then; see below. Call it once, from main, and exit when it returns.
 //
-// The function serve listens with p.Listen, starts to accept connections, and calls p.Ready.
-// When ctx is done, it calls p.Stop, shuts down gracefully, and returns; there is no limit on
-// how long that may take. [context.Cause](ctx) is [ErrReplaced], with the text "user defined
-// signal 2", if another process serves. Otherwise, its text is the name of the signal
-// ("interrupt" or "terminated"), or "parent process exited".
+// The function serve listens with p.Listen, calls p.Ready, and accepts connections. When ctx is
+// done, it calls the listener's Drain, shuts down gracefully, and returns; there is no limit on
+// how long that may take. It does not call [os.Exit] or [log.Fatal]: in the parent, even if that
+// has been replaced, that would end the service. [context.Cause](ctx) is [ErrReplaced], with the
+// text "user defined signal 2", if another process serves. Otherwise, its text is the name of the
+// signal ("interrupt" or "terminated"), or "parent process exited".
 //
 // On SIGINT or SIGTERM, ctx is done in all processes. If the serving process is a child, and
-// then exits with a status other than 0, Run calls [os.Exit] with the same status in the parent.
-// On a second SIGINT or SIGTERM, Run kills the children and calls os.Exit(1).
+// then exits with a status other than 0, Run calls os.Exit with the same status in the parent. A
+// new process that is not ready is killed a second after the serving process has exited. On a
+// second SIGINT or SIGTERM, Run kills the children and calls os.Exit(1). The program may be
+// notified of all signals that Run handles, but must not call [os/signal.Reset] or [os/signal.Ignore]
+// for them.
 //
 // On SIGUSR2, Run starts a new process, with the sockets that Listen keeps. Once that has called
 // Ready, ctx is done in the serving process, and an error that serve returns there is reported.
-// If SIGUSR2 arrives after Run has called serve, while the parent or a new process is not ready,
-// it takes effect when that is ready.
+// If SIGUSR2 arrives while the parent or a new process is not ready, that is reported, and it
+// takes effect later.
 //
 // If the new process cannot be started or exits, if it is not ready within a minute (then it is
 // killed), or if the parent cannot receive its sockets, the reason is reported, and the serving
-// process keeps serving. Reports are printed with package log.
+// process keeps serving. Reports are printed with package log. Nothing waits for that: if it takes
+// more than a second, the process may exit without the last ones.
 //
 // If serve returns before ctx is done in the serving process, the service stops. If that
 // process is a child, Run returns an error in the parent, unless the exit status of the child
@@ -169,8 +152,8 @@ type Process struct {
 // Run also disables SIGPIPE, so that a write to a closed pipe returns an error even on
 // standard output, and a program in a pipeline can shut down gracefully after Ctrl+C.
 func Run(serve func(ctx context.Context, p *Process) error) error {
-	p := new(Process)
-	return p.system.run(func(ctx context.Context) error { return serve(ctx, p) })
+	p := &Process{role: newRole()}
+	return p.role.run(func(ctx context.Context) error { return serve(ctx, p) })
 }
 
 // Listen returns the inherited socket for the address, from the parent or from socket
@@ -181,64 +164,134 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // before the restart, even if the port is 0. If there is none, a socket is found by the address
 // that it is bound to. If that is a specific IP address, the network's name does not matter. For
 // each network, ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
+// Sockets of socket activation that are not TCP listeners are closed.
 //
 // Call Listen before Ready: it keeps a duplicate of the socket for the next new process, but not
-// of a socket that it returns later. So the port stays open, even if the caller closes the
-// listener, until the service is stopped or a new process has called Ready without having called
-// Listen for it. The latter resets the connections in the accept queue.
-func (p *Process) Listen(network, address string) (*stoppablelistener.StoppableListener, error) {
+// of a socket that it returns later, which that process would find in use. So the port stays
+// open, even if the caller closes the listener, until the service is stopped or a new process has
+// called Ready without having called Listen for it. The latter resets the connections in the
+// accept queue.
+func (p *Process) Listen(network, address string) (*Listener, error) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
 	default:
 		return nil, net.UnknownNetworkError(network)
 	}
-	l, err := p.system.listen(&p.ListenConfig, network, address)
+	tcp, activated, err := p.role.listen(&p.ListenConfig, network, address)
 	if err != nil {
 		return nil, err
 	}
-	return stoppablelistener.New(l)
-}
-
-// Ready reports that this process accepts connections. A new process then becomes the serving
-// process, unless the restart fails. So first do what can fail, such as loading the certificates
-// that ServeTLS would load. Ready closes the inherited sockets that Listen has not
-// returned. It does nothing after the first call, and once the context that Run has passed to
-// serve is done.
-func (p *Process) Ready() { p.system.ready() }
-
-// Stop stops the accept loop of a listener that Listen has returned. Call it when the context
-// that Run has passed to serve is done, for example with [context.AfterFunc]. It may be called
-// any number of times.
-//
-// It calls the listener's Drain if the service is being stopped because the parent was signaled,
-// which the children are told. Drain affects each process that has the socket. So Stop calls the
-// listener's Stop instead
-//
-//   - if the context is not done, or if its cause is [ErrReplaced];
-//   - if the socket comes from socket activation: connections stay in its accept queue;
-//   - in a child that is signaled, but not its parent;
-//   - in a child whose parent exits, because a supervisor may start it again;
-//   - in a child whose parent runs a version of this package that has no Stop.
-//
-// In a child that is ready and is signaled itself, Stop waits until the parent tells it whether
-// the service is being stopped. If both were signaled, that takes milliseconds; it waits at most
-// a second.
-//
-// On systems other than Unix, Stop always calls Drain.
-func (p *Process) Stop(sl *stoppablelistener.StoppableListener) {
-	if p.system.drains(sl.Addr()) {
-		sl.Drain()
-	} else {
-		sl.Stop()
+	sl, err := stoppablelistener.New(tcp)
+	if err != nil {
+		return nil, err
 	}
+	return &Listener{sl, p.role, activated}, nil
 }
+
+// Ready reports that this process can accept connections. A new process then becomes the serving
+// process, unless the restart fails. So first do what can fail, such as loading the certificates
+// that ServeTLS would load. A new process that accepts connections before Ready aborts them if the
+// parent is killed. Ready closes the inherited sockets that Listen has not returned. It does
+// nothing after the first call, and once the context that Run has passed to serve is done.
+func (p *Process) Ready() { p.role.ready() }
 
 // Pid returns the process ID of the parent, in the parent and in its children. It is that of the
 // service: signals are sent to it, and it belongs in a PID file. In the parent, it is equal to
 // [os.Getpid]().
-func (p *Process) Pid() int { return p.system.pid() }
+func (p *Process) Pid() int { return p.role.pid() }
+
+// A Listener is a [stoppablelistener.StoppableListener] whose Drain affects no process that uses
+// the socket later. [Process.Listen] returns it.
+type Listener struct {
+	*stoppablelistener.StoppableListener
+	role      role
+	activated bool // the service manager has the socket too
+}
+
+// Drain stops the accept loop. Call it when the context that Run has passed to serve is done, for
+// example with [context.AfterFunc]; package httpdrain does so. It may be called any number of
+// times.
+//
+// If the service is being stopped, it is the Drain of the StoppableListener, which affects each
+// process that has the socket: clients are served or refused. Otherwise, it is the Stop of the
+// StoppableListener, and connections stay in the accept queue for the process that serves next:
+//
+//   - if the context is not done, or if its cause is [ErrReplaced];
+//   - if the socket comes from socket activation;
+//   - in a child whose parent exits, because a supervisor may start it again;
+//   - in a child that is signaled itself, while a restart is going on or the parent is suspended.
+//
+// In a child that is ready and is signaled itself, Drain waits until the parent tells it whether
+// the service is being stopped. That takes milliseconds; it waits for little more than a second.
+//
+// On systems other than Unix, it is always the Drain of the StoppableListener.
+func (l *Listener) Drain() {
+	if !l.activated && l.role.endsService() {
+		l.StoppableListener.Drain()
+	} else {
+		l.Stop()
+	}
+}
 
 // A signalError is the cause of a context that is done because of a signal.
 type signalError struct{ os.Signal }
 
 func (e signalError) Error() string { return e.String() }
+
+// mergeTimeout is for how long a signal counts as the same as the one before. A process may be
+// signaled alone and with its group, as by timeout, or as an effect of Ctrl+C by npm and its like.
+const mergeTimeout = 100 * time.Millisecond
+
+// onStopSignals calls stop on the first SIGINT or SIGTERM and kill on the second, until the function
+// that it returns is called.
+func onStopSignals(stop func(os.Signal), kill func()) (end func()) {
+	signals := make(chan os.Signal, 2)
+	notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		stop(<-signals)
+		await(nil, mergeTimeout)
+		for len(signals) > 0 {
+			<-signals
+		}
+		<-signals
+		kill()
+	}()
+	return func() { signal.Stop(signals) }
+}
+
+// notify is signal.Notify without the signals that are ignored: a shell without job control starts
+// a program in the background so, and nohup does.
+func notify(ch chan<- os.Signal, signals ...os.Signal) {
+	for _, sig := range signals {
+		if !signal.Ignored(sig) {
+			signal.Notify(ch, sig)
+		}
+	}
+}
+
+// await reports whether ch is closed in time. When the time is over, this process may have been
+// suspended, and may be about to close ch because of what has happened meanwhile. So await looks
+// again a little later, until it is not late.
+func await(ch <-chan struct{}, timeout time.Duration) bool {
+	look := min(timeout, time.Second) / 4
+	for wait := timeout; ; wait = look {
+		start := time.Now()
+		select {
+		case <-ch:
+			return true
+		case <-time.After(wait):
+		}
+		if wait == look && time.Since(start) < 2*look {
+			return closed(ch)
+		}
+	}
+}
+
+func closed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}

@@ -6,39 +6,41 @@ import (
 	"context"
 	"net"
 	"os"
-	"os/signal"
-	"syscall"
 )
 
-// A system has no parent and no children here.
-type system struct{}
-
-func (*system) run(serve func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	defer signal.Stop(signals)
-	go func() {
-		cancel(signalError{<-signals})
-		<-signals
-		os.Exit(1)
-	}()
-	return serve(ctx)
+// A single process has no parent and no children.
+type single struct {
+	ctx    context.Context // that serve has
+	cancel context.CancelCauseFunc
 }
 
-func (*system) listen(
+func newRole() role {
+	s := new(single)
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	return s
+}
+
+func (s *single) run(serve func(context.Context) error) error {
+	defer onStopSignals(
+		func(sig os.Signal) { s.cancel(signalError{sig}) },
+		func() { os.Exit(1) },
+	)()
+	return serve(s.ctx)
+}
+
+func (*single) listen(
 	config *net.ListenConfig, network, address string,
-) (*net.TCPListener, error) {
+) (*net.TCPListener, bool, error) {
 	l, err := config.Listen(context.Background(), network, address)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return l.(*net.TCPListener), nil
+	return l.(*net.TCPListener), false, nil
 }
 
-func (*system) ready() {}
+func (*single) ready() {}
 
-// drains reports true, because no other process has the socket.
-func (*system) drains(net.Addr) bool { return true }
+// endsService reports true, because no other process has the socket.
+func (*single) endsService() bool { return true }
 
-func (*system) pid() int { return os.Getpid() }
+func (*single) pid() int { return os.Getpid() }

@@ -46,7 +46,7 @@ func TestPidIsThatOfTheOnlyProcess(t *testing.T) {
 }
 
 // The context is not done, so on Unix the sockets are not drained.
-func TestStopStopsEachListener(t *testing.T) {
+func TestDrainStopsEachListener(t *testing.T) {
 	require.NoError(t, restart.Run(func(_ context.Context, p *restart.Process) error {
 		var calls sync.WaitGroup
 		for range 2 {
@@ -59,11 +59,11 @@ func TestStopStopsEachListener(t *testing.T) {
 				calls.Add(1)
 				go func() {
 					defer calls.Done()
-					p.Stop(sl)
+					sl.Drain()
 				}()
 			}
 			tcptest.RequireStopped(t, accepted, 1)
-			p.Stop(sl)
+			sl.Drain()
 		}
 		calls.Wait()
 		return nil

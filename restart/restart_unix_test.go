@@ -397,14 +397,6 @@ func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
 	}
 }
 
-// Package os clones the process when the first process handle is used. In a process group that
-// is signaled, the clone would pass its signal on.
-func TestNoProcessIsClonedOnceServeIsCalled(t *testing.T) {
-	t.Parallel()
-	s := launch(t, "1,"+clones)
-	s.RequireLines(t, "1 clones: false")
-}
-
 // Child processes without a parent
 
 func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
@@ -420,10 +412,10 @@ func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := launch(t, "1", with("STOPPABLELISTENER_RESTART="),
+			s := launch(t, "1", with("STOPPABLELISTENER_RESTART=1 4711\n"),
 				func(cmd *exec.Cmd) { pass(t, cmd) })
 			s.RequireStatus(t, 1)
-			assert.Equal(t, "restart: descriptor 3 is not a link\n", s.Errors(t))
+			assert.Equal(t, "restart: descriptor 3 is not a link to the parent\n", s.Errors(t))
 		})
 	}
 }
@@ -618,7 +610,7 @@ func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
 	s.ReplaceText(t, `#!/bin/sh
 		trap "" TERM
 		echo 2 waits
-		echo 2 received: $(od -An -tu1 -N1 <&3)
+		echo 2 received: $(od -An -tu1 -N1 <&4)
 	`)
 	s.signal(t, syscall.SIGUSR2)
 	s.RequireLines(t, "2 waits")

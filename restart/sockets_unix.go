@@ -4,10 +4,11 @@ package restart
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,19 +18,16 @@ import (
 
 // sockets are the listening sockets of this process.
 type sockets struct {
-	activated []string // addresses of those that come from socket activation
-	noDrain   bool     // each may come from there
-
 	mu        sync.Mutex  // guards the fields below
 	inherited []inherited // not returned by Listen yet
 	sealed    bool        // Listen holds no more
 	held      []held      // returned by Listen, here or in the serving process
 }
 
-// An inherited listener has the name that it has in the parent; none if it comes from socket
-// activation.
+// An inherited listener has the name that it has in the parent; none in the parent itself.
 type inherited struct {
-	name string
+	name      string // network and address, as passed to Listen
+	activated bool   // by socket activation, whose service manager has the socket too
 	*net.TCPListener
 }
 
@@ -37,137 +35,104 @@ type inherited struct {
 // descriptor, because files are added to the network poller, which would wake this process for
 // each connection that another one accepts.
 type held struct {
-	name string // network and address, as passed to Listen
+	name string // with activatedMark
 	fd   int
 }
 
+// activatedMark ends the names of sockets that come from socket activation.
+const activatedMark = " activated"
+
 // inherit takes the sockets that this process was started with.
-func (s *sockets) inherit() {
-	if passed.parent == nil {
-		s.inheritActivated()
-		return
-	}
-	s.activated, s.noDrain = passed.activated, passed.noDrain
-	for i, name := range passed.names {
-		if l := tcpListener(linkFD + 1 + i); l != nil {
-			s.inherited = append(s.inherited, inherited{name, l})
+func (s *sockets) inherit(descriptors []descriptor) error {
+	for _, d := range descriptors {
+		if !d.isUnchanged() {
+			continue // main has closed it, and opened something else
+		}
+		l, err := tcpListener(d.fd)
+		if err != nil {
+			return fmt.Errorf("restart: cannot inherit a socket: %w", err)
+		}
+		if l != nil {
+			name, activated := strings.CutSuffix(d.name, activatedMark)
+			s.inherited = append(s.inherited, inherited{name, activated, l})
 		}
 	}
-}
-
-// inheritActivated takes the sockets of socket activation, unless main has taken them.
-func (s *sockets) inheritActivated() {
-	if activated() > 0 {
-		for _, fd := range passed.activation {
-			if l := tcpListener(fd); l != nil {
-				s.inherited = append(s.inherited, inherited{"", l})
-				s.activated = append(s.activated, l.Addr().String())
-			}
-		}
-	}
-	passed.activation = nil
-	for _, key := range activationEnv {
-		_ = os.Unsetenv(key)
-	}
-}
-
-// activationEnv are the environment variables of socket activation; see sd_listen_fds(3).
-var activationEnv = []string{"LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"}
-
-// activated returns how many descriptors socket activation has passed to this process.
-func activated() int {
-	if os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
-		return 0
-	}
-	n, _ := strconv.Atoi(os.Getenv("LISTEN_FDS"))
-	return max(n, 0)
-}
-
-// activatedSockets returns the sockets that socket activation has passed to this process, and
-// sets close-on-exec for all that it has passed.
-func activatedSockets() (sockets []int) {
-	for fd := linkFD; fd < linkFD+activated() && isOpen(fd); fd++ {
-		syscall.CloseOnExec(fd)
-		if isSocket(fd) {
-			sockets = append(sockets, fd)
-		}
-	}
-	return sockets
-}
-
-func isOpen(fd int) bool {
-	_, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
-	return err != syscall.EBADF
-}
-
-func isSocket(fd int) bool {
-	_, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
-	return err == nil
+	return nil
 }
 
 // tcpListener returns a listener that replaces fd, a socket. If that does not listen, or not for
 // TCP, it closes fd and returns nil.
-func tcpListener(fd int) *net.TCPListener {
+func tcpListener(fd int) (*net.TCPListener, error) {
 	file := os.NewFile(uintptr(fd), "socket")
 	defer file.Close()
 	listens, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
 	if err != nil || listens == 0 { // net.FileListener does not check that
-		return nil
+		return nil, nil
 	}
 	l, err := net.FileListener(file)
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return nil, err
+	}
 	if err != nil {
-		return nil
+		return nil, nil
 	}
 	tcp, ok := l.(*net.TCPListener)
 	if !ok {
 		_ = l.Close()
 	}
-	return tcp
+	return tcp, nil
 }
 
+// listen returns the inherited socket for the address, or a new one, and whether it comes from
+// socket activation.
 func (s *sockets) listen(
 	config *net.ListenConfig, network, address string,
-) (*net.TCPListener, error) {
+) (l *net.TCPListener, activated bool, err error) {
 	name := network + " " + address
-	l := s.takeInherited(func(l inherited) bool { return l.name == name })
+	l, activated = s.takeInherited(func(l inherited) bool { return l.name == name })
 	if l == nil {
 		// Without the lock: a name server, or the caller's Control, may take its time.
 		if addr, err := net.ResolveTCPAddr(network, address); err == nil {
-			l = s.takeInherited(func(l inherited) bool { return l.boundTo(network, addr) })
+			l, activated = s.takeInherited(func(l inherited) bool { return l.boundTo(network, addr) })
 		}
 	}
 	if l == nil {
 		created, err := config.Listen(context.Background(), network, address)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		l = created.(*net.TCPListener)
+	}
+	if activated {
+		name += activatedMark
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.sealed {
-		return l, nil
+		return l, activated, nil
 	}
 	fd, err := socket.DupConn(l)
 	if err != nil {
 		_ = l.Close()
-		return nil, err
+		return nil, false, err
 	}
 	s.held = append(s.held, held{name, fd})
-	return l, nil
+	return l, activated, nil
 }
 
 // takeInherited returns the first inherited listener that matches, and nil if there is none.
-func (s *sockets) takeInherited(matches func(inherited) bool) *net.TCPListener {
+func (s *sockets) takeInherited(
+	matches func(inherited) bool,
+) (l *net.TCPListener, activated bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i := slices.IndexFunc(s.inherited, matches)
 	if i < 0 {
-		return nil
+		return nil, false
 	}
-	l := s.inherited[i].TCPListener
+	found := s.inherited[i]
 	s.inherited = slices.Delete(s.inherited, i, i+1)
-	return l
+	return found.TCPListener, found.activated
 }
 
 // boundTo reports whether l is what net.Listen would return for a network and an address.
@@ -187,11 +152,6 @@ func (l inherited) boundTo(network string, addr *net.TCPAddr) bool {
 	return addr.IP == nil || addr.IP.IsUnspecified()
 }
 
-// mayBeActivated reports whether the socket with this address may come from socket activation.
-func (s *sockets) mayBeActivated(addr net.Addr) bool {
-	return s.noDrain || slices.Contains(s.activated, addr.String())
-}
-
 // seal closes the inherited sockets that Listen has not returned. Listen holds no more.
 func (s *sockets) seal() {
 	s.mu.Lock()
@@ -202,18 +162,20 @@ func (s *sockets) seal() {
 	s.inherited, s.sealed = nil, true
 }
 
-// files returns duplicates of the held sockets, with their names.
-func (s *sockets) files() (files []*os.File, err error) {
+// duplicates returns duplicates of the held sockets.
+func (s *sockets) duplicates() ([]held, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var duplicates []held
 	for _, h := range s.held {
 		fd, err := socket.Dup(h.fd)
 		if err != nil {
-			return files, err
+			closeAll(duplicates)
+			return nil, err
 		}
-		files = append(files, os.NewFile(uintptr(fd), h.name))
+		duplicates = append(duplicates, held{h.name, fd})
 	}
-	return files, nil
+	return duplicates, nil
 }
 
 // take returns the held sockets, which are not held any more.

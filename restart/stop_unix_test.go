@@ -11,10 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"slices"
-	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,7 +24,7 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-// Process.Stop, which calls the listener's Drain or Stop
+// Listener.Drain, which is that of the StoppableListener or its Stop
 
 // The last stop of the service is Drain
 
@@ -73,9 +72,10 @@ func startClients(t *testing.T, addr string) (requireRefused func()) {
 // A parentEnd is the parent's end of the link to a child; see the protocol in link_unix.go.
 type parentEnd struct{ *net.UnixConn }
 
-// startChild starts a version of the program as a child of this test. The child inherits l.
+// startChild starts a version of the program as a child of this test. The child inherits l, whose
+// name ends in mark.
 func startChild(
-	t *testing.T, version string, l *net.TCPListener, variables ...string,
+	t *testing.T, version string, l *net.TCPListener, mark string, variables ...string,
 ) (*service, parentEnd) {
 	t.Helper()
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
@@ -87,19 +87,15 @@ func startChild(
 	conn, err := net.FileConn(file)
 	require.NoError(t, err)
 	t.Cleanup(func() { conn.Close() })
-	name := "tcp " + l.Addr().String()
+	name := "tcp " + l.Addr().String() + mark
 	s := launch(t, version, on("tcp,"+l.Addr().String()), with(variables...), func(cmd *exec.Cmd) {
-		with("STOPPABLELISTENER_RESTART=" + name + "\n")(cmd)
-		cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(fds[1]), "link")}
+		with("STOPPABLELISTENER_RESTART=1 4711\n" + name + "\n")(cmd)
 		passFiles(t, cmd, l)
+		cmd.ExtraFiles = append(cmd.ExtraFiles, os.NewFile(uintptr(fds[1]), "link"))
 	})
 	s.addrs = []string{l.Addr().String()}
 	return s, parentEnd{conn.(*net.UnixConn)}
 }
-
-// knowsActivated is the variable of a parent that knows which sockets come from socket
-// activation: none does.
-const knowsActivated = "STOPPABLELISTENER_RESTART_ACTIVATED="
 
 // awaitReady waits until the child has sent its sockets.
 func (p parentEnd) awaitReady(t *testing.T) {
@@ -120,6 +116,16 @@ func (p parentEnd) awaitReady(t *testing.T) {
 	require.NoError(t, tcptest.Receive(t, received, "sockets of the child"))
 }
 
+// receive receives the number of a signal from the child.
+func (p parentEnd) receive(t *testing.T) syscall.Signal {
+	t.Helper()
+	number := make([]byte, 1)
+	require.NoError(t, p.SetReadDeadline(time.Now().Add(tcptest.Patience)))
+	_, err := p.Read(number)
+	require.NoError(t, err, "signal of the child")
+	return syscall.Signal(number[0])
+}
+
 // send sends the child the number of a signal.
 func (p parentEnd) send(t *testing.T, sig syscall.Signal) {
 	t.Helper()
@@ -127,14 +133,17 @@ func (p parentEnd) send(t *testing.T, sig syscall.Signal) {
 	require.NoError(t, err)
 }
 
-func TestStopInAChild(t *testing.T) {
+func TestDrainInAChild(t *testing.T) {
 	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	const isDrained, isStopped = true, false
 	word := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
 		return func(t *testing.T, _ *service, p parentEnd) { p.send(t, sig) }
 	}
-	signaled := func(t *testing.T, s *service, _ parentEnd) { s.signal(t, syscall.SIGTERM) }
+	signaled := func(t *testing.T, s *service, p parentEnd) {
+		s.signal(t, syscall.SIGTERM)
+		require.Equal(t, syscall.SIGTERM, p.receive(t))
+	}
 	signaledAndThen := func(then func(*testing.T, parentEnd)) func(*testing.T, *service, parentEnd) {
 		return func(t *testing.T, s *service, p parentEnd) {
 			signaled(t, s, p)
@@ -143,73 +152,60 @@ func TestStopInAChild(t *testing.T) {
 		}
 	}
 	for name, tt := range map[string]struct {
-		variables []string
-		stop      func(*testing.T, *service, parentEnd)
-		want      bool
-		line      string
+		stop    func(*testing.T, *service, parentEnd)
+		want    bool
+		line    string
+		timeout string // until the child stops waiting for word
+		mark    string // of the socket
 	}{
 		"the parent stops the service by SIGTERM": {
-			[]string{knowsActivated}, word(syscall.SIGTERM), isDrained, "stopped: terminated",
+			stop: word(syscall.SIGTERM), want: isDrained, line: "stopped: terminated",
 		},
 		"the parent stops the service by SIGINT": {
-			[]string{knowsActivated}, word(syscall.SIGINT), isDrained, "stopped: interrupt",
+			stop: word(syscall.SIGINT), want: isDrained, line: "stopped: interrupt",
 		},
 		"replaced": {
-			[]string{knowsActivated}, word(syscall.SIGUSR2), isStopped,
-			"replaced: user defined signal 2",
+			stop: word(syscall.SIGUSR2), want: isStopped, line: "replaced: user defined signal 2",
 		},
 		"the parent exits": {
-			[]string{knowsActivated},
-			func(t *testing.T, _ *service, p parentEnd) { require.NoError(t, p.Close()) },
-			isStopped, "stopped: parent process exited",
+			stop: func(t *testing.T, _ *service, p parentEnd) { require.NoError(t, p.Close()) },
+			want: isStopped, line: "stopped: parent process exited",
 		},
-		"signaled itself, and the parent keeps running": {
-			[]string{knowsActivated}, signaled, isStopped, "stopped: terminated",
+		"signaled itself, and the parent sends nothing": {
+			stop: signaled, want: isStopped, line: "stopped: terminated", timeout: "100ms",
 		},
 		"signaled itself, and the parent stops the service": {
-			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGTERM) }),
-			isDrained, "stopped: terminated",
+			stop: signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGTERM) }),
+			want: isDrained, line: "stopped: terminated", timeout: "1h",
 		},
 		"signaled itself, and replaced": {
-			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGUSR2) }),
-			isStopped, "stopped: terminated",
+			stop: signaledAndThen(func(t *testing.T, p parentEnd) { p.send(t, syscall.SIGUSR2) }),
+			want: isStopped, line: "stopped: terminated", timeout: "1h",
 		},
 		"signaled itself, and the parent exits": {
-			[]string{knowsActivated, wordTimeoutEnv + "=1h"},
-			signaledAndThen(func(t *testing.T, p parentEnd) { require.NoError(t, p.Close()) }),
-			isStopped, "stopped: terminated",
+			stop: signaledAndThen(func(t *testing.T, p parentEnd) { require.NoError(t, p.Close()) }),
+			want: isStopped, line: "stopped: terminated", timeout: "1h",
 		},
 		"the socket comes from socket activation": {
-			[]string{knowsActivated + "[::1]:1\nADDRESS\n"}, word(syscall.SIGTERM), isStopped,
-			"stopped: terminated",
-		},
-		"the parent runs an older version of the package": {
-			nil, word(syscall.SIGTERM), isStopped, "stopped: terminated",
+			stop: word(syscall.SIGTERM), want: isStopped, line: "stopped: terminated",
+			mark: " activated",
 		},
 		"nothing has happened": {
-			[]string{knowsActivated},
-			func(t *testing.T, s *service, p parentEnd) {
-				s.get(t, "/stop")
+			stop: func(t *testing.T, s *service, p parentEnd) {
+				s.get(t, "/drain")
 				p.send(t, syscall.SIGTERM)
 			},
-			isStopped, "stopped: terminated",
+			want: isStopped, line: "stopped: terminated",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := tcptest.Listen(t)
-			var variables []string
-			for _, variable := range tt.variables {
-				variables = append(variables,
-					strings.Replace(variable, "ADDRESS", l.Addr().String(), 1))
-			}
 			version := "1"
-			if slices.Contains(variables, wordTimeoutEnv+"=1h") {
+			if tt.timeout == "1h" {
 				version += "," + announces
 			}
-			s, parent := startChild(t, version, l, variables...)
+			s, parent := startChild(t, version, l, tt.mark, wordTimeoutEnv+"="+tt.timeout)
 			s.requireReady(t, "1")
 			parent.awaitReady(t)
 			tt.stop(t, s, parent)
@@ -218,6 +214,28 @@ func TestStopInAChild(t *testing.T) {
 			requireState(t, l, tt.want)
 		})
 	}
+}
+
+// When the child runs again, its parent has sent that the service is stopped, and the time in which
+// it waits for that is over.
+func TestChildThatIsSuspendedWhileItIsToldToStopDrains(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes a second")
+	t.Parallel()
+	const timeout = time.Second
+	l := tcptest.Listen(t)
+	s, parent := startChild(t, "1,"+announces, l, "",
+		wordTimeoutEnv+"="+timeout.String(), "GOMAXPROCS=1")
+	s.requireReady(t, "1")
+	parent.awaitReady(t)
+	s.signal(t, syscall.SIGTERM)
+	s.RequireLines(t, "1 is done")
+	s.signal(t, syscall.SIGSTOP)
+	parent.send(t, syscall.SIGTERM)
+	time.Sleep(timeout)
+	s.signal(t, syscall.SIGCONT)
+	s.RequireLines(t, "1 stopped: terminated")
+	s.requireExit(t)
+	requireState(t, l, true)
 }
 
 // requireState requires l, which this test has too, to refuse connections after Drain, and to
@@ -241,7 +259,7 @@ func requireState(t *testing.T, l *net.TCPListener, isDrained bool) {
 func TestNewProcessThatIsSignaledDoesNotDrain(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
-	s, parent := startChild(t, "1,"+isLate, l, knowsActivated, wordTimeoutEnv+"=1h")
+	s, parent := startChild(t, "1,"+isLate, l, "", wordTimeoutEnv+"=1h")
 	s.RequireLines(t, "1 waits")
 	s.signal(t, syscall.SIGTERM)
 	s.requireReady(t, "1")
@@ -260,7 +278,7 @@ func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
 		t.Run(feature, func(t *testing.T) {
 			t.Parallel()
 			l := tcptest.Listen(t)
-			s, parent := startChild(t, "1,"+feature, l, knowsActivated)
+			s, parent := startChild(t, "1,"+feature, l, "")
 			require.NotEqual(t, "EOF", s.Line(t), "standard error: %s", s.Errors(t))
 			require.NoError(t, parent.Close())
 			s.RequireStatus(t, 1)

@@ -1,0 +1,136 @@
+//go:build unix
+
+package restart
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// wordTimeout is how long a child that is signaled itself waits for its parent.
+var wordTimeout = time.Second
+
+// errParentExited is the cause of a child's context if the parent exits without a word.
+var errParentExited = errors.New("parent process exited")
+
+// A child is started by a parent and obeys it.
+type child struct {
+	passed
+	sockets sockets
+
+	ctx       context.Context // that serve has
+	cancel    context.CancelCauseFunc
+	mu        sync.Mutex     // held by Ready, and while the end of ctx may be decided
+	isReady   chan struct{}  // closed by Ready with mu held
+	announced chan struct{}  // closed when the parent knows that
+	told      chan struct{}  // closed when the parent has sent its word, or has exited
+	word      syscall.Signal // valid when told is closed; 0 if the parent has exited without one
+	waited    chan struct{}  // closed when Drain need not wait for told any longer
+}
+
+// asChild is nil in a parent. A child exits with its parent even before it calls Run.
+var asChild = newChild()
+
+func newChild() *child {
+	passed, ok := takePassed()
+	if !ok {
+		return nil
+	}
+	c := &child{
+		passed:    passed,
+		isReady:   make(chan struct{}),
+		announced: make(chan struct{}),
+		told:      make(chan struct{}),
+		waited:    make(chan struct{}),
+	}
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	if c.err == nil {
+		go c.obeyParent()
+	}
+	return c
+}
+
+// obeyParent waits for the parent's word.
+func (c *child) obeyParent() {
+	c.word = c.link.receiveSignal()
+	cause := causeOf(c.word)
+	if c.word == 0 {
+		cause = errParentExited
+		if !closed(c.isReady) {
+			var reports reporter
+			reports.print("%v before process %d was ready", cause, os.Getpid())
+			reports.flush()
+			os.Exit(1)
+		}
+	}
+	close(c.told)
+	c.cancel(cause)
+}
+
+func (c *child) run(serve func(context.Context) error) error {
+	if c.err != nil {
+		return c.err
+	}
+	if err := c.sockets.inherit(c.passed.sockets); err != nil {
+		return err
+	}
+	ignoreSIGPIPE()
+	defer onStopSignals(c.obeySignal, func() {})()
+	return serve(c.ctx)
+}
+
+// obeySignal is called when this process is signaled itself. The parent may have been signaled
+// too, and otherwise learns of it: so it says soon whether the service is being stopped.
+func (c *child) obeySignal(sig os.Signal) {
+	c.mu.Lock()
+	isReady := closed(c.isReady)
+	if !isReady {
+		c.cancel(signalError{sig})
+	}
+	c.mu.Unlock()
+	if isReady {
+		await(c.announced, wordTimeout)
+		c.link.sendSignal(sig.(syscall.Signal))
+		c.cancel(signalError{sig})
+		await(c.told, wordTimeout)
+	}
+	close(c.waited)
+}
+
+func (c *child) listen(
+	config *net.ListenConfig, network, address string,
+) (*net.TCPListener, bool, error) {
+	return c.sockets.listen(config, network, address)
+}
+
+func (c *child) ready() {
+	c.mu.Lock()
+	does := c.ctx.Err() == nil && !closed(c.isReady)
+	if does {
+		close(c.isReady)
+	}
+	c.mu.Unlock()
+	if does {
+		c.sockets.seal()
+		c.link.sendSockets(c.sockets.take())
+		close(c.announced)
+	}
+}
+
+func (c *child) endsService() bool {
+	if c.ctx.Err() == nil {
+		return false
+	}
+	select {
+	case <-c.told:
+	case <-c.waited:
+	}
+	return closed(c.told) && c.word != 0 && c.word != syscall.SIGUSR2
+}
+
+func (c *child) pid() int { return c.parentPid }
