@@ -53,7 +53,7 @@ func takePassed() (p passed, ok bool) {
 	header, names, _ := strings.Cut(value, "\n")
 	version, pid, _ := strings.Cut(header, " ")
 	if version != protocolVersion {
-		p.err = fmt.Errorf("restart: the parent uses another version of the protocol: %q instead of %q",
+		p.err = fmt.Errorf("restart: the parent uses version %q of the protocol, not %q",
 			version, protocolVersion)
 		return p, true
 	}

@@ -4,6 +4,7 @@ package restart_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,9 +44,13 @@ const (
 	ignoresCHLD = "ignoresCHLD" // SIGCHLD
 	reaps       = "reaps"       // waits for all children
 	signals     = "signals"     // prints SIGHUP and SIGUSR1
+	hasNoFiles  = "hasNoFiles"  // no descriptor is free
+	reuses3     = "reuses3"     // closes descriptor 3, and opens another file, which gets that number
 
 	// in serve
 	waits       = "waits"       // for a line on standard input, before it listens
+	isEarly     = "isEarly"     // accepts connections, and then waits for such a line
+	isLarge     = "isLarge"     // uses 100 MB until it returns
 	announces   = "announces"   // prints a line when ctx is done
 	isLate      = "isLate"      // listens when ctx is done
 	controls    = "controls"    // prints a line for each socket that it creates
@@ -142,6 +148,15 @@ func (in *instance) prepare() {
 			}
 		}()
 	}
+	if in.has(hasNoFiles) {
+		in.useUpDescriptors()
+	}
+	if in.has(reuses3) {
+		check(syscall.Close(3))
+		file, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		check(err)
+		in.files = append(in.files, file)
+	}
 	if in.has(signals) {
 		received := make(chan os.Signal, 1)
 		signal.Notify(received, syscall.SIGHUP, syscall.SIGUSR1)
@@ -157,6 +172,10 @@ func (in *instance) prepare() {
 func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	in.process = p
 	in.beforeListen(ctx)
+	if in.has(isLarge) {
+		memory := bytes.Repeat([]byte("text"), 25_000_000)
+		defer runtime.KeepAlive(memory)
+	}
 	server := &http.Server{Handler: in.handler()}
 	drainer := httpdrain.New(server)
 	line := in.name + " ready"
@@ -173,6 +192,10 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	for _, sl := range in.listeners {
 		context.AfterFunc(ctx, sl.Drain)
 		go func() { served <- server.Serve(sl) }()
+	}
+	if in.has(isEarly) {
+		fmt.Println(in.name, "waits")
+		_, _ = in.stdin.ReadString('\n')
 	}
 	fmt.Println(line)
 	p.Ready()

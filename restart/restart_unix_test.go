@@ -172,7 +172,7 @@ func TestNewProcessThatIsReadyWhileTheParentIsSuspendedIsNotKilled(t *testing.T)
 	s := start(t, "1", with(readyTimeoutEnv+"="+timeout.String(), "GOMAXPROCS=1"))
 	s.install(t, "2,"+waits)
 	s.RequireLines(t, "2 waits")
-	s.signal(t, syscall.SIGSTOP)
+	s.suspend(t)
 	s.enter(t, "")
 	s.requireReady(t, "2")
 	time.Sleep(timeout)
@@ -401,21 +401,31 @@ func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
 
 func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
 	t.Parallel()
-	for name, pass := range map[string]func(t *testing.T, cmd *exec.Cmd){
-		"no descriptor": func(*testing.T, *exec.Cmd) {},
-		"file": func(t *testing.T, cmd *exec.Cmd) {
+	const noLink = "restart: descriptor 3 is not a link to the parent\n"
+	nothing := func(*testing.T, *exec.Cmd) {}
+	for name, tt := range map[string]struct {
+		protocol string
+		pass     func(*testing.T, *exec.Cmd)
+		want     string
+	}{
+		"no descriptor": {"1 4711", nothing, noLink},
+		"file": {"1 4711", func(t *testing.T, cmd *exec.Cmd) {
 			file, err := os.Open(os.DevNull)
 			require.NoError(t, err)
 			cmd.ExtraFiles = []*os.File{file}
-		},
-		"other socket": func(t *testing.T, cmd *exec.Cmd) { passFiles(t, cmd, tcptest.Listen(t)) },
+		}, noLink},
+		"other socket": {"1 4711", func(t *testing.T, cmd *exec.Cmd) {
+			passFiles(t, cmd, tcptest.Listen(t))
+		}, noLink},
+		"unknown protocol": {"2 4711", nothing,
+			`restart: the parent uses version "2" of the protocol, not "1"` + "\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := launch(t, "1", with("STOPPABLELISTENER_RESTART=1 4711\n"),
-				func(cmd *exec.Cmd) { pass(t, cmd) })
+			s := launch(t, "1", with("STOPPABLELISTENER_RESTART="+tt.protocol+"\n"),
+				func(cmd *exec.Cmd) { tt.pass(t, cmd) })
 			s.RequireStatus(t, 1)
-			assert.Equal(t, "restart: descriptor 3 is not a link to the parent\n", s.Errors(t))
+			assert.Equal(t, tt.want, s.Errors(t))
 		})
 	}
 }
@@ -549,8 +559,7 @@ func TestSecondSignalKillsAllProcesses(t *testing.T) {
 			}
 			s.signal(t, syscall.SIGTERM)
 			s.RequireLines(t, serving+" stopped: terminated")
-			s.signal(t, syscall.SIGTERM)
-			s.RequireStatus(t, 1)
+			s.kill(t)
 			s.RequireNoProcess(t)
 			for _, r := range inFlight {
 				r.AwaitClosed(t)
@@ -563,16 +572,7 @@ func TestSecondSignalKillsAProcessThatIsStuckInListen(t *testing.T) {
 	t.Parallel()
 	s := launch(t, "1,"+isStuck)
 	s.RequireLines(t, "1 is stuck")
-	tcptest.Await(t, "exit after the second signal", func() bool {
-		_ = s.parent.Signal(syscall.SIGTERM) // two that are pending count as one
-		select {
-		case <-s.parent.Exited:
-			return true
-		default:
-			return false
-		}
-	})
-	s.RequireStatus(t, 1)
+	s.kill(t)
 }
 
 // A process that hangs before Run gets SIGTERM.
@@ -585,21 +585,6 @@ func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 	s.stop(t, "1")
 	hanging.AwaitExit(t)
 	assert.Empty(t, s.Errors(t))
-}
-
-// The new process hangs before Run, and ignores SIGTERM.
-func TestServiceStopsAlthoughANewProcessHangs(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes a second")
-	t.Parallel()
-	s := start(t, "1", with(readyTimeoutEnv+"=1s"))
-	s.ReplaceText(t, `#!/bin/sh
-		trap "" TERM
-		echo 2 hangs
-		exec sleep 60
-	`)
-	s.signal(t, syscall.SIGUSR2)
-	s.RequireLines(t, "2 hangs")
-	s.stop(t, "1")
 }
 
 // It may have called Ready at that moment, and would wait for word. Here, it is a script, which

@@ -22,7 +22,7 @@ import (
 )
 
 // Environment variables with the time in which a new process must be ready, and with the time that
-// Stop waits for word from the parent.
+// Drain waits for word from the parent.
 const (
 	readyTimeoutEnv = "STOPPABLELISTENER_TEST_READY_TIMEOUT"
 	wordTimeoutEnv  = "STOPPABLELISTENER_TEST_WORD_TIMEOUT"
@@ -60,8 +60,10 @@ func start(t testing.TB, version string, changes ...func(*exec.Cmd)) *service {
 // Without them, it listens on a free port.
 func launch(t testing.TB, version string, changes ...func(*exec.Cmd)) *service {
 	t.Helper()
-	if signal.Ignored(syscall.SIGHUP) { // by nohup, of which the program is to learn nothing
-		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	for _, sig := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if signal.Ignored(sig) { // by nohup or a script, of which the program is to learn nothing
+			signal.Notify(make(chan os.Signal, 1), sig)
+		}
 	}
 	s := &service{Installation: proctest.Install(t, version)}
 	cmd := exec.Command(s.Path, "tcp,127.0.0.1:0")
@@ -157,6 +159,44 @@ func (s *service) restart(t testing.TB, from, to string) proctest.Process {
 	require.Equal(t, s.addrs, s.requireReady(t, to), "addresses of the new process")
 	s.RequireLines(t, nameOf(from)+" replaced: user defined signal 2")
 	return child
+}
+
+// kill sends SIGTERM to the parent until that exits. One that comes too soon counts for nothing.
+func (s *service) kill(t testing.TB) {
+	t.Helper()
+	tcptest.Await(t, "exit after the second signal", func() bool {
+		_ = s.parent.Signal(syscall.SIGTERM)
+		select {
+		case <-s.parent.Exited:
+			return true
+		default:
+			return false
+		}
+	})
+	s.RequireStatus(t, 1)
+}
+
+// suspend suspends the parent. SIGCONT makes it run again.
+func (s *service) suspend(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGSTOP)
+	var status syscall.WaitStatus
+	for !status.Stopped() {
+		_, err := syscall.Wait4(s.parent.Pid, &status, syscall.WUNTRACED, nil)
+		if err != syscall.EINTR {
+			require.NoError(t, err)
+		}
+	}
+}
+
+// signalWhileSuspended sends signals to the parent while that is suspended, so that they arrive at
+// the same time.
+func (s *service) signalWhileSuspended(t testing.TB, signals ...os.Signal) {
+	t.Helper()
+	s.suspend(t)
+	for _, sig := range append(signals, syscall.SIGCONT) {
+		s.signal(t, sig)
+	}
 }
 
 // enter writes a line to the standard input of all processes, of which one reads it.

@@ -33,20 +33,26 @@ func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("Drain does not refuse connections here")
 	}
-	for name, tt := range map[string]struct{ restarts, target int }{
-		"parent serves":                  {0, 1},
-		"child serves":                   {2, 1},
-		"child serves, group is stopped": {1, -1},
+	const parent, group, child = "parent", "group", "child"
+	for name, tt := range map[string]struct {
+		restarts int
+		signaled string
+	}{
+		"parent serves":                   {0, parent},
+		"child serves":                    {2, parent},
+		"child serves, group is signaled": {1, group},
+		"child serves and is signaled":    {2, child},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for range 1 + tcptest.Rounds(20)/10 {
 				s := start(t, "1", inGroup)
+				target := map[string]int{parent: s.parent.Pid, group: -s.parent.Pid}
 				for n := range tt.restarts {
-					s.restart(t, fmt.Sprint(n+1), fmt.Sprint(n+2))
+					target[child] = s.restart(t, fmt.Sprint(n+1), fmt.Sprint(n+2)).Pid
 				}
 				requireRefused := startClients(t, s.addrs[0])
-				require.NoError(t, syscall.Kill(tt.target*s.parent.Pid, syscall.SIGTERM))
+				require.NoError(t, syscall.Kill(target[tt.signaled], syscall.SIGTERM))
 				requireRefused()
 				s.RequireLines(t, fmt.Sprint(tt.restarts+1, " stopped: terminated"))
 				s.requireExit(t)
@@ -229,7 +235,7 @@ func TestChildThatIsSuspendedWhileItIsToldToStopDrains(t *testing.T) {
 	parent.awaitReady(t)
 	s.signal(t, syscall.SIGTERM)
 	s.RequireLines(t, "1 is done")
-	s.signal(t, syscall.SIGSTOP)
+	s.suspend(t)
 	parent.send(t, syscall.SIGTERM)
 	time.Sleep(timeout)
 	s.signal(t, syscall.SIGCONT)

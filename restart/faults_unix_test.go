@@ -1,0 +1,304 @@
+//go:build unix
+
+package restart_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
+)
+
+// Processes that hang, that are suspended or that are signaled twice, and what else a program, or
+// who starts it, may do
+
+// The new process is suspended, so that it does not even exit on SIGTERM.
+func TestServiceEndsAlthoughANewProcessHangs(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes a second")
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		restarted bool
+		end       func(t *testing.T, s *service, child proctest.Process)
+		status    int
+	}{
+		"parent serves and is signaled": {
+			false, func(t *testing.T, s *service, _ proctest.Process) {
+				s.signal(t, syscall.SIGTERM)
+			}, 0,
+		},
+		"parent serves and serve returns": {
+			false, func(t *testing.T, s *service, _ proctest.Process) { s.send(t, "/return") }, 0,
+		},
+		"child serves, parent is signaled": {
+			true, func(t *testing.T, s *service, _ proctest.Process) {
+				s.signal(t, syscall.SIGTERM)
+			}, 0,
+		},
+		"child serves and is killed": {
+			true, func(t *testing.T, _ *service, child proctest.Process) {
+				require.NoError(t, child.Kill())
+			}, 1,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "1")
+			var child proctest.Process
+			if tt.restarted {
+				child = s.restart(t, "1", "2")
+			}
+			s.install(t, "3,"+waits)
+			hanging := s.Next(t)
+			s.RequireLines(t, "3 waits")
+			require.NoError(t, hanging.Signal(syscall.SIGSTOP))
+			tt.end(t, s, child)
+			s.RequireStatus(t, tt.status)
+			hanging.AwaitExit(t)
+			tcptest.AwaitRefused(t, s.addrs[0])
+		})
+	}
+}
+
+// The serving process handles a request for longer than a new process may outlive it.
+func TestNewProcessThatAcceptsBeforeReadyIsNotKilledSoon(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes two seconds")
+	t.Parallel()
+	s := start(t, "1")
+	ofParent := s.startRequest(t)
+	s.install(t, "2,"+isEarly)
+	s.RequireLines(t, "2 waits")
+	s.suspend(t) // so the new process accepts the next connection
+	ofChild := s.startRequest(t)
+	s.signal(t, syscall.SIGTERM)
+	s.signal(t, syscall.SIGCONT)
+	s.RequireLines(t, "1 stopped: terminated")
+	time.Sleep(2 * time.Second)
+	ofChild.Finish(t, "2")
+	ofParent.Finish(t, "1")
+	s.RequireStatus(t, 0)
+}
+
+func TestTwoSignalsAtTheSameTimeCountOnce(t *testing.T) {
+	t.Parallel()
+	for _, restarted := range []bool{false, true} {
+		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
+			t.Parallel()
+			s := start(t, "1")
+			serving := "1"
+			if restarted {
+				s.restart(t, "1", "2")
+				serving = "2"
+			}
+			inFlight := s.startRequest(t)
+			s.signalWhileSuspended(t, syscall.SIGTERM, syscall.SIGINT)
+			tcptest.AwaitRefused(t, s.addrs[0])
+			time.Sleep(200 * time.Millisecond) // in which the service must not be killed
+			inFlight.Finish(t, serving)
+			s.RequireStatus(t, 0)
+		})
+	}
+}
+
+// blockedLog makes standard error a pipe that is full, and that nothing reads.
+func blockedLog(t *testing.T) func(*exec.Cmd) {
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		r.Close()
+		w.Close()
+	})
+	require.NoError(t, w.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
+	for err == nil {
+		_, err = w.Write(make([]byte, 1000))
+	}
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	w.Fd() // sets blocking mode, which the processes have too
+	return func(cmd *exec.Cmd) { cmd.Stderr = w }
+}
+
+func TestNothingWaitsForTheLog(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+fails, blockedLog(t))
+	for range 2 {
+		s.install(t, "2,"+exits)
+		s.Next(t).AwaitExit(t)
+	}
+	s.restart(t, "1", "2")
+	s.restart(t, "2", "3")
+	s.stop(t, "3")
+}
+
+func TestNewProcessExitsWithItsParentWhateverReadsTheLog(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes a second")
+	t.Parallel()
+	s := start(t, "1", blockedLog(t))
+	s.install(t, "2,"+waits)
+	child := s.Next(t)
+	s.RequireLines(t, "2 waits")
+	require.NoError(t, s.parent.Kill())
+	child.AwaitExit(t)
+}
+
+// The parent, which has been replaced, exits with the last report.
+func TestLastReportIsPrinted(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+fails)
+	inFlight := s.startRequest(t)
+	child := s.restart(t, "1", "2")
+	s.signal(t, syscall.SIGTERM)
+	s.RequireLines(t, "2 stopped: terminated")
+	child.AwaitExit(t)
+	inFlight.Finish(t, "1")
+	s.requireExit(t)
+	assert.Equal(t, "restart: serve fails\n", s.Errors(t))
+}
+
+func TestServingChildIsSignaledDuringARestart(t *testing.T) {
+	t.Parallel()
+	signalChild := func(t *testing.T) (*service, *httpclient.Conn, proctest.Process) {
+		s := start(t, "1", with(wordTimeoutEnv+"=100ms"))
+		child := s.restart(t, "1", "2")
+		inFlight := s.startRequest(t)
+		s.install(t, "3,"+waits)
+		newProcess := s.Next(t)
+		s.RequireLines(t, "3 waits")
+		require.NoError(t, child.Signal(syscall.SIGTERM))
+		s.RequireLines(t, "2 stopped: terminated")
+		return s, inFlight, newProcess
+	}
+	t.Run("that succeeds", func(t *testing.T) {
+		t.Parallel()
+		s, inFlight, _ := signalChild(t)
+		waiting := s.send(t, "/")
+		s.enter(t, "")
+		s.requireReady(t, "3")
+		_, body := waiting.Response(t)
+		assert.Equal(t, "3", body)
+		waiting.Close()
+		inFlight.Finish(t, "2")
+		s.stop(t, "3")
+	})
+	t.Run("that fails", func(t *testing.T) {
+		t.Parallel()
+		s, inFlight, newProcess := signalChild(t)
+		require.NoError(t, newProcess.Kill())
+		tcptest.AwaitRefused(t, s.addrs[0])
+		inFlight.Finish(t, "2")
+		s.requireExit(t)
+	})
+}
+
+func TestReasonOfAFailedRestart(t *testing.T) {
+	t.Parallel()
+	t.Run("descriptors", func(t *testing.T) {
+		t.Parallel()
+		s := start(t, "1")
+		s.install(t, "2,"+hasNoFiles)
+		s.awaitReport(t, 2, "restart: not restarted: "+
+			"process [0-9]+ exited before it was ready: exit status 1")
+		assert.Contains(t, s.Errors(t), "too many open files")
+	})
+	for name, tt := range map[string]struct {
+		change func(t *testing.T, dir string)
+		want   string
+	}{
+		"directory that is removed": {func(*testing.T, string) {}, "no such file or directory"},
+		"directory that is a file now": {func(t *testing.T, dir string) {
+			require.NoError(t, os.WriteFile(dir, nil, 0o600))
+		}, "not a directory"},
+		"directory without permission": {func(t *testing.T, dir string) {
+			if os.Getuid() == 0 {
+				t.Skip("root has permission")
+			}
+			require.NoError(t, os.Mkdir(dir, 0))
+		}, "permission denied"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "directory")
+			require.NoError(t, os.Mkdir(dir, 0o700))
+			s := start(t, "1", with("PWD="+dir), func(cmd *exec.Cmd) { cmd.Dir = dir })
+			require.NoError(t, os.Remove(dir))
+			tt.change(t, dir)
+			s.signal(t, syscall.SIGUSR2)
+			s.awaitReport(t, 1, "restart: not restarted: chdir "+dir+": "+tt.want)
+			s.stop(t, "1")
+		})
+	}
+}
+
+// Its log, for example, must not be taken for a socket.
+func TestDescriptorThatMainUsesForSomethingElseIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+reuses3, activated(t, "$$", tcptest.Listen(t)))
+	assert.Equal(t, "<nil>", s.get(t, "/write?descriptor=3"), "error of writing to the file")
+}
+
+// As with "program &" in a script.
+func TestInterruptThatIsIgnoredStaysIgnored(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1", throughShell(`trap "" INT; exec "$@"`), inGroup)
+	for n := 1; n < 4; n++ {
+		require.NoError(t, syscall.Kill(-s.parent.Pid, syscall.SIGINT))
+		require.Equal(t, fmt.Sprint(n), s.get(t, "/"))
+		s.restart(t, fmt.Sprint(n), fmt.Sprint(n+1))
+	}
+	s.stop(t, "4")
+}
+
+func TestRestartThatWaitsIsReported(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.install(t, "2,"+waits)
+	hanging := s.Next(t)
+	s.RequireLines(t, "2 waits")
+	s.install(t, "3")
+	s.awaitReport(t, 1, fmt.Sprintf(
+		"restart: process %d is not ready yet; the next restart waits for it", hanging.Pid))
+	require.NoError(t, hanging.Kill())
+	s.requireReady(t, "3")
+	s.RequireLines(t, "1 replaced: user defined signal 2")
+	s.stop(t, "3")
+}
+
+func TestMemoryOfServeIsFreedInTheParent(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1,"+isLarge)
+	megabytes := func() (n int) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.parent.Pid))
+		_, rss, ok := strings.Cut(string(status), "VmRSS:")
+		if err != nil || !ok {
+			t.Skip("unknown here: ", err)
+		}
+		_, err = fmt.Sscan(rss, &n)
+		require.NoError(t, err)
+		return n / 1024
+	}
+	before := megabytes()
+	s.restart(t, "1", "2")
+	tcptest.Await(t, "less memory in the parent", func() bool { return megabytes() < before-50 })
+}
+
+// The parent's child is a shell.
+func TestPidWhereANewVersionIsAScriptWithoutExec(t *testing.T) {
+	t.Parallel()
+	s := start(t, "1")
+	s.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=2 '%s' \"$@\"\nexit $?\n",
+		proctest.VersionEnv, proctest.Self(t)))
+	s.signal(t, syscall.SIGUSR2)
+	s.requireReady(t, "2")
+	s.RequireLines(t, "1 replaced: user defined signal 2")
+	require.Equal(t, fmt.Sprint(s.parent.Pid), s.get(t, "/pid"))
+	s.stop(t, "2")
+}
