@@ -197,7 +197,10 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		fmt.Println(in.name, "waits")
 		_, _ = in.stdin.ReadString('\n')
 	}
-	fmt.Println(line)
+	if p.Pid() == os.Getpid() {
+		p.Ready() // so that a restart is possible when the test reads the line
+	}
+	fmt.Println(line) // in a child, before what the parent prints because of Ready
 	p.Ready()
 	close(in.ready)
 
