@@ -189,16 +189,6 @@ func (s *service) suspend(t testing.TB) {
 	}
 }
 
-// signalWhileSuspended sends signals to the parent while that is suspended, so that they arrive at
-// the same time.
-func (s *service) signalWhileSuspended(t testing.TB, signals ...os.Signal) {
-	t.Helper()
-	s.suspend(t)
-	for _, sig := range append(signals, syscall.SIGCONT) {
-		s.signal(t, sig)
-	}
-}
-
 // enter writes a line to the standard input of all processes, of which one reads it.
 func (s *service) enter(t testing.TB, line string) {
 	t.Helper()
