@@ -20,14 +20,14 @@ var errParentExited = errors.New("parent process exited")
 
 // A child is started by a parent and obeys it.
 type child struct {
-	passed
+	handover
 	sockets sockets
 
 	ctx       context.Context // that serve has
 	cancel    context.CancelCauseFunc
-	mu        sync.Mutex     // held by Ready, and while the end of ctx may be decided
+	mu        sync.Mutex     // held while Ready or a signal, whichever is first, has its effect
 	isReady   chan struct{}  // closed by Ready with mu held
-	announced chan struct{}  // closed when the parent knows that
+	announced chan struct{}  // closed when Ready has sent the sockets
 	told      chan struct{}  // closed when the parent has sent its word, or has exited
 	word      syscall.Signal // valid when told is closed; 0 if the parent has exited without one
 	waited    chan struct{}  // closed when Drain need not wait for told any longer
@@ -37,12 +37,12 @@ type child struct {
 var asChild = newChild()
 
 func newChild() *child {
-	passed, ok := takePassed()
+	handover, ok := takeHandover()
 	if !ok {
 		return nil
 	}
 	c := &child{
-		passed:    passed,
+		handover:  handover,
 		isReady:   make(chan struct{}),
 		announced: make(chan struct{}),
 		told:      make(chan struct{}),
@@ -76,7 +76,7 @@ func (c *child) run(serve func(context.Context) error) error {
 	if c.err != nil {
 		return c.err
 	}
-	if err := c.sockets.inherit(c.passed.sockets); err != nil {
+	if err := c.sockets.inherit(c.descriptors); err != nil {
 		return err
 	}
 	ignoreSIGPIPE()

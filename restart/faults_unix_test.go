@@ -176,7 +176,7 @@ func TestNewProcessExitsWithItsParentWhateverReadsTheLog(t *testing.T) {
 // The parent, which has been replaced, exits with the last report.
 func TestLastReportIsPrinted(t *testing.T) {
 	t.Parallel()
-	s := start(t, "1,"+fails)
+	s := start(t, "1,"+logsSlowly+","+fails)
 	inFlight := s.startRequest(t)
 	child := s.restart(t, "1", "2")
 	s.signal(t, syscall.SIGTERM)

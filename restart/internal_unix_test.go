@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -41,6 +42,25 @@ func TestSocketsOfAnIncompleteMessageAreClosed(t *testing.T) {
 		conn.Close()
 	}
 	assert.ErrorIs(t, err, syscall.ECONNREFUSED, "the socket is still open")
+}
+
+// The parent was suspended meanwhile, so it receives both at once.
+func TestSignalOfAChildFollowsItsSockets(t *testing.T) {
+	parent, file, err := linkPair()
+	require.NoError(t, err)
+	fd, err := syscall.Dup(int(file.Fd()))
+	require.NoError(t, err)
+	require.NoError(t, file.Close())
+	child, err := openLink(fd)
+	require.NoError(t, err)
+	child.sendSockets(nil)
+	child.sendSignal(syscall.SIGTERM)
+	time.AfterFunc(tcptest.Patience, parent.interrupt)
+	sockets, err := parent.receiveSockets()
+	require.NoError(t, err, "end of the sockets")
+	assert.Empty(t, sockets)
+	assert.Equal(t, syscall.SIGTERM, parent.receiveSignal())
+	child.close()
 }
 
 // The service was stopped, the timeout is over, or there is another new process by now.

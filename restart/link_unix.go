@@ -34,41 +34,44 @@ const (
 	protocolVersion = "1"
 )
 
-// A passed is what the parent has started this process with.
-type passed struct {
-	parentPid int
-	link      *link
-	sockets   []descriptor
-	err       error // why there is no link
+// A handover is what a parent passes to a child when it starts it.
+type handover struct {
+	parentPid   int
+	link        *link
+	descriptors []descriptor // of sockets
+	err         error        // why there is no link
 }
 
-// takePassed is called before main, so that a process which main starts inherits neither the
-// sockets nor the variable. It reports whether this process is a child.
-func takePassed() (p passed, ok bool) {
+// takeHandover reports whether this process is a child. It is called before main, so that a process
+// which main starts inherits neither the sockets nor the variable.
+func takeHandover() (h handover, ok bool) {
 	value, ok := os.LookupEnv(protocolEnv)
 	if !ok {
-		return p, false
+		return h, false
 	}
 	_ = os.Unsetenv(protocolEnv)
 	header, names, _ := strings.Cut(value, "\n")
 	version, pid, _ := strings.Cut(header, " ")
 	if version != protocolVersion {
-		p.err = fmt.Errorf("restart: the parent uses version %q of the protocol, not %q",
+		h.err = fmt.Errorf("restart: the parent uses version %q of the protocol, not %q",
 			version, protocolVersion)
-		return p, true
+		return h, true
 	}
-	p.parentPid, _ = strconv.Atoi(pid)
+	h.parentPid, _ = strconv.Atoi(pid)
 	fd := firstFD
 	for _, name := range lines(names) {
-		p.sockets = append(p.sockets, newDescriptor(fd, name))
+		h.descriptors = append(h.descriptors, newDescriptor(fd, name))
 		fd++
 	}
-	p.link, p.err = openLink(fd)
-	return p, true
+	h.link, h.err = openLink(fd)
+	return h, true
 }
 
 // A link is one end of the connection between the parent and a child.
-type link struct{ conn *net.UnixConn }
+type link struct {
+	conn *net.UnixConn
+	rest []byte // received after the sockets
+}
 
 // startLinked starts cmd as a child that inherits sockets, and returns the parent's end of the
 // link. It closes the sockets.
@@ -132,7 +135,7 @@ func openLink(fd int) (*link, error) {
 		_ = conn.Close()
 		return nil, errNoLink
 	}
-	return &link{unix}, nil
+	return &link{conn: unix}, nil
 }
 
 // sendSockets sends sockets to the parent, and closes them. If the parent has exited,
@@ -176,9 +179,13 @@ func (l *link) receiveSockets() ([]held, error) {
 // receiveText receives text up to an empty line, and appends the descriptors that come with it
 // to fds.
 func (l *link) receiveText(fds *[]int) (string, error) {
-	text := []byte("\n") // so that text ends with an empty line even if there is no socket
+	received := []byte("\n") // so that there is an empty line even if there is no socket
 	data, oob := make([]byte, 4096), make([]byte, 4096)
-	for !bytes.HasSuffix(text, []byte("\n\n")) {
+	for {
+		if text, rest, ok := bytes.Cut(received, []byte("\n\n")); ok {
+			l.rest = rest
+			return string(text), nil
+		}
 		n, oobn, _, _, err := l.conn.ReadMsgUnix(data, oob)
 		if errno := syscall.Errno(0); err != nil && !errors.As(err, &errno) {
 			return "", errLinkClosed
@@ -186,7 +193,7 @@ func (l *link) receiveText(fds *[]int) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		text = append(text, data[:n]...)
+		received = append(received, data[:n]...)
 		messages, err := syscall.ParseSocketControlMessage(oob[:oobn])
 		if err != nil {
 			return "", err
@@ -199,7 +206,6 @@ func (l *link) receiveText(fds *[]int) (string, error) {
 			*fds = append(*fds, rights...)
 		}
 	}
-	return string(text), nil
 }
 
 // interrupt makes receiveSockets return.
@@ -213,8 +219,10 @@ func (l *link) sendSignal(sig syscall.Signal) {
 
 // receiveSignal waits for the number of a signal. It is 0 if the link is closed.
 func (l *link) receiveSignal() syscall.Signal {
-	number := make([]byte, 1)
-	_, _ = l.conn.Read(number)
+	number := append(l.rest, 0)
+	if len(l.rest) == 0 {
+		_, _ = l.conn.Read(number)
+	}
 	return syscall.Signal(number[0])
 }
 

@@ -251,9 +251,11 @@ func (p *parent) startLinked(cmd *exec.Cmd) (*link, error) {
 		return nil, err
 	}
 	l, err := startLinked(cmd, sockets)
-	if _, dirErr := os.Stat(cmd.Dir + "/."); err != nil && dirErr != nil {
-		// Package os takes that for an error of the program.
-		err = &os.PathError{Op: "chdir", Path: cmd.Dir, Err: errors.Unwrap(dirErr)}
+	if err != nil {
+		// Package os reports that as an error of the program.
+		if _, dirErr := os.Stat(cmd.Dir + "/."); dirErr != nil {
+			err = &os.PathError{Op: "chdir", Path: cmd.Dir, Err: errors.Unwrap(dirErr)}
+		}
 	}
 	return l, err
 }
@@ -310,8 +312,7 @@ func (p *parent) childExited(c *childProcess, err error) {
 	if errors.Is(err, syscall.ECHILD) {
 		err = nil // something else has waited for it
 	}
-	wasReady := closed(c.settled)
-	if !wasReady {
+	if !closed(c.settled) {
 		close(c.settled)
 	}
 	switch {

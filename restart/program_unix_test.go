@@ -41,6 +41,7 @@ const (
 	helper      = "helper"      // starts a process, which keeps running
 	changes     = "changes"     // its arguments, environment and directory
 	logs        = "logs"        // to standard output
+	logsSlowly  = "logsSlowly"  // to standard error
 	ignoresCHLD = "ignoresCHLD" // SIGCHLD
 	reaps       = "reaps"       // waits for all children
 	signals     = "signals"     // prints SIGHUP and SIGUSR1
@@ -137,6 +138,9 @@ func (in *instance) prepare() {
 	}
 	if in.has(logs) {
 		log.SetOutput(os.Stdout)
+	}
+	if in.has(logsSlowly) {
+		log.SetOutput(slowWriter{os.Stderr})
 	}
 	if in.has(ignoresCHLD) {
 		signal.Ignore(syscall.SIGCHLD)
@@ -369,6 +373,13 @@ func (in *instance) handler() http.Handler {
 		}
 	})
 	return mux
+}
+
+type slowWriter struct{ io.Writer }
+
+func (w slowWriter) Write(text []byte) (int, error) {
+	time.Sleep(100 * time.Millisecond)
+	return w.Writer.Write(text)
 }
 
 func check(err error) {

@@ -430,28 +430,6 @@ func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
 	}
 }
 
-func TestNewProcessExitsWithItsParent(t *testing.T) {
-	t.Parallel()
-	for _, feature := range []string{hangs, waits} { // before Run, and before Ready
-		t.Run(feature, func(t *testing.T) {
-			t.Parallel()
-			s := start(t, "1")
-			s.restart(t, "1", "2")
-			s.install(t, "3,"+feature)
-			child := s.Next(t)
-			s.RequireLines(t, "3 "+feature)
-			require.NoError(t, s.parent.Kill())
-			s.RequireLines(t, "2 stopped: parent process exited")
-			child.AwaitExit(t)
-			s.RequireNoProcess(t)
-			s.awaitReport(t, 1, fmt.Sprintf(
-				"restart: parent process exited before process %d was ready", child.Pid))
-			again := start(t, "1", on("tcp,"+s.addrs[0]))
-			again.stop(t, "1")
-		})
-	}
-}
-
 // Stop
 
 func TestSignalStopsTheService(t *testing.T) {
@@ -579,11 +557,15 @@ func TestSecondSignalKillsAProcessThatIsStuckInListen(t *testing.T) {
 func TestSignalStopsANewProcessThatIsNotReady(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
+	inFlight := s.startRequest(t)
 	s.install(t, "2,"+hangs)
 	hanging := s.Next(t)
 	s.RequireLines(t, "2 hangs")
-	s.stop(t, "1")
+	s.signal(t, syscall.SIGTERM)
+	s.RequireLines(t, "1 stopped: terminated")
 	hanging.AwaitExit(t)
+	inFlight.Finish(t, "1")
+	s.requireExit(t)
 	assert.Empty(t, s.Errors(t))
 }
 

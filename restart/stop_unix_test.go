@@ -288,6 +288,8 @@ func TestNewProcessExitsWithStatus1IfItsParentExits(t *testing.T) {
 			require.NotEqual(t, "EOF", s.Line(t), "standard error: %s", s.Errors(t))
 			require.NoError(t, parent.Close())
 			s.RequireStatus(t, 1)
+			assert.Equal(t, fmt.Sprintf("restart: parent process exited before process %d was ready\n",
+				s.parent.Pid), s.Errors(t))
 			requireState(t, l, false)
 		})
 	}
