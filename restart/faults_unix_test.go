@@ -91,6 +91,7 @@ func TestNewProcessThatAcceptsBeforeReadyIsNotKilledSoon(t *testing.T) {
 
 // As with timeout, or after Ctrl+C with npm.
 func TestTwoSignalsWithinAMomentCountOnce(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, signals := range map[string]func(t *testing.T, s *service, serving string){
 		"at the same time": func(t *testing.T, s *service, serving string) {
@@ -151,6 +152,7 @@ func blockedLog(t *testing.T) func(*exec.Cmd) {
 }
 
 func TestNothingWaitsForTheLog(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1,"+fails, blockedLog(t))
 	for range 2 {
@@ -188,6 +190,7 @@ func TestLastReportIsPrinted(t *testing.T) {
 }
 
 func TestServingChildIsSignaledDuringARestart(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	signalChild := func(t *testing.T) (*service, *httpclient.Conn, proctest.Process) {
 		s := start(t, "1", with(wordTimeoutEnv+"=100ms"))
@@ -223,6 +226,7 @@ func TestServingChildIsSignaledDuringARestart(t *testing.T) {
 }
 
 func TestReasonOfAFailedRestart(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	t.Run("descriptors", func(t *testing.T) {
 		t.Parallel()
@@ -271,6 +275,7 @@ func TestDescriptorThatMainUsesForSomethingElseIsLeftAlone(t *testing.T) {
 
 // As with "program &" in a script.
 func TestInterruptThatIsIgnoredStaysIgnored(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1", throughShell(`trap "" INT; exec "$@"`), inGroup)
 	for n := 1; n < 4; n++ {
@@ -297,6 +302,7 @@ func TestRestartThatWaitsIsReported(t *testing.T) {
 }
 
 func TestMemoryOfServeIsFreedInTheParent(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1,"+isLarge)
 	megabytes := func() (n int) {
@@ -311,11 +317,12 @@ func TestMemoryOfServeIsFreedInTheParent(t *testing.T) {
 	}
 	before := megabytes()
 	s.restart(t, "1", "2")
-	tcptest.Await(t, "less memory in the parent", func() bool { return megabytes() < before-50 })
+	tcptest.Await(t, "less memory in the parent", func() bool { return megabytes() < before-25 })
 }
 
 // The parent's child is a shell.
 func TestPidWhereANewVersionIsAScriptWithoutExec(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1")
 	s.ReplaceText(t, fmt.Sprintf("#!/bin/sh\n%s=2 '%s' \"$@\"\nexit $?\n",

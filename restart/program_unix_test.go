@@ -51,7 +51,7 @@ const (
 	// in serve
 	waits       = "waits"       // for a line on standard input, before it listens
 	isEarly     = "isEarly"     // accepts connections, and then waits for such a line
-	isLarge     = "isLarge"     // uses 100 MB until it returns
+	isLarge     = "isLarge"     // uses 50 MB until it returns
 	announces   = "announces"   // prints a line when ctx is done
 	isLate      = "isLate"      // listens when ctx is done
 	controls    = "controls"    // prints a line for each socket that it creates
@@ -177,7 +177,7 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	in.process = p
 	in.beforeListen(ctx)
 	if in.has(isLarge) {
-		memory := bytes.Repeat([]byte("text"), 25_000_000)
+		memory := bytes.Repeat([]byte("text"), 12_500_000)
 		defer runtime.KeepAlive(memory)
 	}
 	server := &http.Server{Handler: in.handler()}

@@ -27,7 +27,7 @@ import (
 
 func TestRestartsFailNoRequestUnderLoad(t *testing.T) {
 	t.Parallel()
-	loads := restartUnderLoad(t, tcptest.Rounds(15), func(n int) string {
+	loads := restartUnderLoad(t, tcptest.Rounds(10), func(n int) string {
 		return fmt.Sprint("version-", n)
 	})
 	for _, load := range loads {
@@ -381,6 +381,7 @@ func TestHangupThatIsIgnoredIsNotPassedOn(t *testing.T) {
 // SIGCHLD
 
 func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, feature := range []string{ignoresCHLD, reaps} {
 		t.Run(feature, func(t *testing.T) {
@@ -400,6 +401,7 @@ func TestChildrenWhoseStatusIsUnknownHaveNotFailed(t *testing.T) {
 // Child processes without a parent
 
 func TestRunReturnsTheErrorOfTheLink(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	const noLink = "restart: descriptor 3 is not a link to the parent\n"
 	nothing := func(*testing.T, *exec.Cmd) {}
@@ -459,6 +461,7 @@ func TestSignalStopsTheService(t *testing.T) {
 
 // The program exits with status 4 because of that error.
 func TestErrorOfServeIsThatOfTheService(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for _, restarted := range []bool{false, true} {
 		t.Run(fmt.Sprint("restarted ", restarted), func(t *testing.T) {
@@ -625,6 +628,7 @@ func TestRunReturnsWhenTheServingChildExits(t *testing.T) {
 
 // The parent waits for the old process, and keeps no socket open that nothing serves.
 func TestConnectionsAreRefusedOnceTheServingChildHasExited(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1")
 	s.restart(t, "1", "2")

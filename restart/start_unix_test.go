@@ -21,6 +21,7 @@ import (
 
 // The parent changes its arguments, its environment and its directory before it calls Run.
 func TestNewProcessIsStartedAsTheParentWas(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	dir := t.TempDir()
 	s := start(t, "1,"+changes, func(cmd *exec.Cmd) { cmd.Dir = dir },

@@ -45,7 +45,7 @@ func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for range 1 + tcptest.Rounds(20)/10 {
+			for range 1 + tcptest.Rounds(10)/10 {
 				s := start(t, "1", inGroup)
 				target := map[string]int{parent: s.parent.Pid, group: -s.parent.Pid}
 				for n := range tt.restarts {
@@ -322,6 +322,7 @@ func TestServiceOfSocketActivationStaysReachable(t *testing.T) {
 
 // The process was replaced, and still handles a request.
 func TestServiceStaysReachableIfAnOldProcessIsSignaled(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1")
 	old := s.restart(t, "1", "2")
