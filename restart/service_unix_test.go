@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -180,9 +181,13 @@ func (s *service) kill(t testing.TB) {
 func (s *service) suspend(t testing.TB) {
 	t.Helper()
 	s.signal(t, syscall.SIGSTOP)
+	untraced := 2 // WUNTRACED, which package syscall lacks on AIX
+	if runtime.GOOS == "solaris" || runtime.GOOS == "illumos" {
+		untraced = 4
+	}
 	var status syscall.WaitStatus
 	for !status.Stopped() {
-		_, err := syscall.Wait4(s.parent.Pid, &status, syscall.WUNTRACED, nil)
+		_, err := syscall.Wait4(s.parent.Pid, &status, untraced, nil)
 		if err != syscall.EINTR {
 			require.NoError(t, err)
 		}
