@@ -4,7 +4,6 @@ package restart_test
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -177,8 +175,11 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	in.process = p
 	in.beforeListen(ctx)
 	if in.has(isLarge) {
-		memory := bytes.Repeat([]byte("text"), 12_500_000)
-		defer runtime.KeepAlive(memory)
+		memory := make([]byte, 50<<20)
+		for i := 0; i < len(memory); i += os.Getpagesize() {
+			memory[i] = 1
+		}
+		defer func() { _ = memory[0] }()
 	}
 	server := &http.Server{Handler: in.handler()}
 	drainer := httpdrain.New(server)
