@@ -2,7 +2,7 @@
 //
 // On SIGUSR2, it starts the program, or its new version, in a new process, which inherits the
 // listening sockets. Once that is ready, the serving process shuts down gracefully. New
-// connections are neither refused nor reset. In main, call [Run](serve):
+// connections are neither refused nor reset. The program calls [Run] with a function that serves:
 //
 //	func serve(ctx context.Context, p *restart.Process) error {
 //		l, err := p.Listen("tcp", ":8080") // inherited, in a new process
@@ -29,7 +29,8 @@
 // so with exec, also as a new version.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
-// the link, or in that directory. The name of the directory is taken from PWD, which shells set.
+// the link, or in that directory. The name of the directory is taken from PWD, which shells set;
+// a unit for systemd needs Environment=PWD=/srv/current with WorkingDirectory=/srv/current.
 //
 // # Signals
 //
@@ -56,9 +57,10 @@
 //
 // With it, systemctl reload restarts the server; the log shows whether that has failed. Other
 // commands are sv 2 server (runit), supervisorctl signal USR2 server, and docker kill --signal
-// USR2 server. Type=notify-reload and WatchdogSec are not supported, because children cannot send
-// what systemd expects of the parent. With a socket unit (ListenStream=8080), systemctl restart
-// refuses no connection either: they stay in the accept queue until the next start.
+// USR2 server. Not supported are Type=notify-reload (use notify) and WatchdogSec: systemd expects
+// their notifications from the parent, which sends none. With NotifyAccess=all, children can send
+// others. With a socket unit (ListenStream=8080), systemctl restart refuses no connection either:
+// they stay in the accept queue until the next start.
 //
 // # Limitations
 //
