@@ -4,6 +4,7 @@ package httpdrain_test
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,10 +12,9 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,6 +23,7 @@ import (
 
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
+	"github.com/c2db162c/stoppablelistener/internal/replaced"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
@@ -30,38 +31,63 @@ import (
 
 func TestMain(m *testing.M) {
 	proctest.Main(m, func(string) {
-		if len(os.Args) > 1 {
-			idleClients(os.Args[1])
-		} else {
+		if len(os.Args) == 1 {
 			Example()
+		} else {
+			programs[os.Args[1]]()
 		}
 	})
 }
 
+// programs are what other processes run that a test or benchmark starts, by their first argument.
+var programs = map[string]func(){}
+
 // shortGrace is for tests in which the end of the grace period matters.
 const shortGrace = 300 * time.Millisecond
 
-// A service is an http.Server with a Drainer that serves a listener.
+// A service is a Drainer that serves a socket, which stays open.
 type service struct {
 	server  *http.Server
 	drainer *httpdrain.Drainer
-	sl      *stoppablelistener.StoppableListener
+	l       *serviceListener
 	config  *tls.Config // nil without TLS
-	served  chan error
+	stop    func()      // makes the context done
+	served  chan error  // what Serve returns
 
 	mu     sync.Mutex // guards states
 	states map[net.Conn]http.ConnState
 }
 
-// startService serves handler on l, with TLS if config is not nil, and leaves l open. The
-// grace period is longer than the test, unless the test sets another.
-func startService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
+// A serviceListener keeps the socket open. Its Drain calls Stop, unless drain is another function.
+type serviceListener struct {
+	*stoppablelistener.StoppableListener
+	drain           func()
+	drained, closed chan struct{} // no values sent; closed by Drain, and by Close
+	onceDrain       func()
+	onceClose       func()
+}
+
+func listen(t testing.TB, l net.Listener) *serviceListener {
+	sl := &serviceListener{
+		StoppableListener: tcptest.Wrap(t, l),
+		drained:           make(chan struct{}), closed: make(chan struct{}),
+	}
+	sl.drain = sl.Stop
+	sl.onceDrain = sync.OnceFunc(func() { close(sl.drained) })
+	sl.onceClose = sync.OnceFunc(func() { close(sl.closed) })
+	return sl
+}
+
+func (l *serviceListener) Drain() { l.drain(); l.onceDrain() }
+
+func (l *serviceListener) Close() error { l.Stop(); l.onceClose(); return nil }
+
+// newService returns a service of l, with TLS if config is not nil, that is not started yet. Its
+// grace period and timeout are longer than the test, unless the test sets others.
+func newService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
 	s := &service{
-		server: &http.Server{
-			Handler:   routes{"/probe": nothing, "": handler},
-			TLSConfig: config.Clone(), // the server changes it
-		},
-		sl:     tcptest.Wrap(t, l),
+		server: &http.Server{Handler: handler, TLSConfig: config.Clone()},
+		l:      listen(t, l),
 		config: config,
 		served: make(chan error, 1),
 		states: make(map[net.Conn]http.ConnState),
@@ -73,64 +99,51 @@ func startService(t testing.TB, l net.Listener, config *tls.Config, handler http
 	}
 	s.drainer = httpdrain.New(s.server)
 	s.drainer.Grace = 2 * tcptest.Patience
-	go func() {
-		if config == nil {
-			s.served <- s.server.Serve(keepOpen{s.sl})
-		} else {
-			s.served <- s.server.ServeTLS(keepOpen{s.sl}, "", "")
-		}
-	}()
-	t.Cleanup(func() { s.server.Close() })
+	s.drainer.Timeout = 4 * tcptest.Patience
 	return s
 }
 
-// keepOpen keeps the socket open when http.Server closes its listener.
-type keepOpen struct {
-	*stoppablelistener.StoppableListener
+// start starts to serve, with that listener instead of its own, if there is one.
+func (s *service) start(t testing.TB, listener ...httpdrain.Listener) *service {
+	var l httpdrain.Listener = s.l
+	if len(listener) > 0 {
+		l = listener[0]
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.stop = cancel
+	s.serve(ctx, l)
+	t.Cleanup(func() { cancel(); s.server.Close() })
+	return s
 }
 
-func (l keepOpen) Close() error {
-	l.Stop()
-	return nil
+func (s *service) serve(ctx context.Context, l httpdrain.Listener) {
+	go func() {
+		if s.config == nil {
+			s.served <- s.drainer.Serve(ctx, l)
+		} else {
+			s.served <- s.drainer.ServeTLS(ctx, l, "", "")
+		}
+	}()
 }
 
-// stop stops the listener and waits for Serve.
-func (s *service) stop(t testing.TB) {
-	s.sl.Stop()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served, "return of Serve"))
+func startService(t testing.TB, l net.Listener, config *tls.Config, handler http.Handler) *service {
+	return newService(t, l, config, handler).start(t)
 }
 
-// startDrain stops the listener and calls Drain. It returns when responses carry
-// Connection: close.
-func (s *service) startDrain(t *testing.T, ctx context.Context) <-chan error {
-	probe := s.get(t, "/probe")
-	probe.Response(t) // so it is not in the accept queue any more
-	s.stop(t)
-	drained := s.drain(ctx)
-	tcptest.Await(t, "response with Connection: close", func() bool {
-		probe.Get(t, "/probe")
-		resp, _ := probe.Response(t)
-		return resp.Close
-	})
-	s.awaitConns(t, 1, http.StateClosed) // the probe is no longer in flight
-	return drained
+// drain stops the service, and returns when its accept loop has returned.
+func (s *service) drain(t testing.TB) {
+	s.stop()
+	tcptest.Receive(t, s.l.closed, "return of the accept loop")
 }
 
-// drain calls Drain in a goroutine.
-func (s *service) drain(ctx context.Context) <-chan error {
-	drained := make(chan error, 1)
-	go func() { drained <- s.drainer.Drain(ctx) }()
-	return drained
-}
-
-func requireDrained(t testing.TB, drained <-chan error) {
+func (s *service) requireDrained(t testing.TB) {
 	t.Helper()
-	require.NoError(t, tcptest.Receive(t, drained, "return of Drain"))
+	require.NoError(t, tcptest.Receive(t, s.served, "return of Serve"))
 }
 
 // dial connects a client, with TLS if the service has it.
 func (s *service) dial(t testing.TB) *httpclient.Conn {
-	return httpclient.Dial(t, s.sl.Addr().String(), httpclient.ClientTLS(s.config))
+	return httpclient.Dial(t, s.l.Addr().String(), httpclient.ClientTLS(s.config))
 }
 
 // get connects a client that requests path.
@@ -142,13 +155,13 @@ func (s *service) get(t testing.TB, path string) *httpclient.Conn {
 
 func (s *service) url() string {
 	if s.config != nil {
-		return "https://" + s.sl.Addr().String()
+		return "https://" + s.l.Addr().String()
 	}
-	return "http://" + s.sl.Addr().String()
+	return "http://" + s.l.Addr().String()
 }
 
 // awaitConns waits until n connections are in that state.
-func (s *service) awaitConns(t *testing.T, n int, state http.ConnState) {
+func (s *service) awaitConns(t testing.TB, n int, state http.ConnState) {
 	t.Helper()
 	tcptest.Await(t, fmt.Sprintf("%d connections in state %v", n, state), func() bool {
 		return s.countConns(state) == n
@@ -215,61 +228,37 @@ func eachProtocol(t *testing.T, test func(t *testing.T, config *tls.Config)) {
 
 // New
 
-func init() { http.Handle("/registered", hello) } // with http.DefaultServeMux
-
-func TestNewWrapsHandlerAndConnState(t *testing.T) {
-	l := tcptest.Listen(t)
-	states := make(chan http.ConnState, 10)
-	server := &http.Server{ConnState: func(_ net.Conn, state http.ConnState) { states <- state }}
-	httpdrain.New(server)
-	go server.Serve(l)
-	defer server.Close()
-	c := httpclient.Dial(t, l.Addr().String(), nil)
-	c.Get(t, "/registered")
-	_, body := c.Response(t)
-	assert.Equal(t, "Hello", body)
-	for _, state := range []http.ConnState{http.StateNew, http.StateActive, http.StateIdle} {
-		assert.Equal(t, state, tcptest.Receive(t, states, "call of ConnState"))
-	}
+func TestNewSetsTheFields(t *testing.T) {
+	d := httpdrain.New(new(http.Server))
+	assert.Zero(t, d.Delay)
+	assert.Equal(t, 1250*time.Millisecond, d.Grace)
+	assert.Equal(t, 10*time.Second, d.Timeout)
 }
+
+func init() { http.Handle("/registered", hello) } // with http.DefaultServeMux
 
 type contextKey struct{}
 
-func TestNewWrapsConnContext(t *testing.T) {
-	values := make(chan any, 1)
-	server := &http.Server{
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, contextKey{}, conn.RemoteAddr().String())
-		},
-		Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-			values <- r.Context().Value(contextKey{})
-		}),
+// The hooks are set after New. There is no Handler.
+func TestHooksOfTheServerAreCalled(t *testing.T) {
+	s := newService(t, tcptest.Listen(t), nil, nil)
+	calls := make(chan any, 10)
+	s.server.ConnState = func(_ net.Conn, state http.ConnState) { calls <- state }
+	s.server.BaseContext = func(l net.Listener) context.Context {
+		calls <- l
+		return context.WithValue(context.Background(), contextKey{}, "base")
 	}
-	httpdrain.New(server)
-	l := tcptest.Listen(t)
-	go server.Serve(l)
-	defer server.Close()
-	c := httpclient.Dial(t, l.Addr().String(), nil)
-	c.Get(t, "/")
-	c.Response(t)
-	assert.Equal(t, c.LocalAddr().String(), <-values, "value of the caller's ConnContext")
-}
-
-func TestNewSetsAGraceForClientsThatComeOnceASecond(t *testing.T) {
-	assert.Equal(t, 1250*time.Millisecond, httpdrain.New(new(http.Server)).Grace)
-}
-
-func TestRequestsAllocateNothing(t *testing.T) {
-	server := &http.Server{Handler: nothing}
-	httpdrain.New(server)
-	conn, _ := net.Pipe()
-	server.ConnState(conn, http.StateNew)
-	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
-	assert.Zero(t, testing.AllocsPerRun(1000, func() {
-		server.ConnState(conn, http.StateActive)
-		server.Handler.ServeHTTP(w, r)
-		server.ConnState(conn, http.StateIdle)
-	}), "allocations per request")
+	s.server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		calls <- ctx.Value(contextKey{})
+		return ctx
+	}
+	s.start(t)
+	c := s.get(t, "/registered")
+	_, body := c.Response(t)
+	assert.Equal(t, "Hello", body)
+	for _, want := range []any{s.l, "base", http.StateNew, http.StateActive, http.StateIdle} {
+		assert.Equal(t, want, tcptest.Receive(t, calls, "call of a hook"))
+	}
 }
 
 // Handlers
@@ -297,47 +286,6 @@ func TestHandlersGetTheResponseWriterOfPackageHTTP(t *testing.T) {
 	}
 }
 
-// The client does not send the rest of the body. With another ResponseWriter, MaxBytesReader
-// cannot tell the server that it need not wait for that.
-func TestMaxBytesReaderRespondsAtOnce(t *testing.T) {
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, 1))
-		assert.Error(t, err)
-		w.WriteHeader(http.StatusRequestEntityTooLarge)
-	})
-	s := startService(t, tcptest.Listen(t), nil, handler)
-	c := s.dial(t)
-	c.Send(t, "POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nxx")
-	resp, _ := c.Response(t)
-	assert.Equal(t, http.StatusRequestEntityTooLarge, resp.StatusCode)
-}
-
-func TestResponsesCarryConnectionClose(t *testing.T) {
-	for name, handler := range map[string]http.HandlerFunc{
-		"nothing": nothing,
-		"Write":   hello,
-		"WriteHeader": func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(http.StatusNoContent)
-		},
-		"Flush": flush,
-		"ReadFrom": func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = w.(io.ReaderFrom).ReadFrom(strings.NewReader("Hello"))
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := startService(t, tcptest.Listen(t), nil, routes{"/": handler})
-			c := s.dial(t)
-			s.awaitConns(t, 1, http.StateNew)
-			drained := s.startDrain(t, context.Background())
-			c.Get(t, "/")
-			resp, _ := c.Response(t)
-			assert.True(t, resp.Close, "the response has no Connection: close")
-			c.RequireClosed(t)
-			requireDrained(t, drained)
-		})
-	}
-}
-
 func TestInformationalResponsesCarryNoConnectionClose(t *testing.T) {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -346,11 +294,11 @@ func TestInformationalResponsesCarryNoConnectionClose(t *testing.T) {
 	s := startService(t, tcptest.Listen(t), nil, handler)
 	c := s.dial(t)
 	s.awaitConns(t, 1, http.StateNew)
-	drained := s.startDrain(t, context.Background())
+	s.drain(t)
 	c.StartPost(t, "/")
 	c.Send(t, "x")
 	c.RequireLastResponse(t, "Hello")
-	requireDrained(t, drained)
+	s.requireDrained(t)
 }
 
 func TestResponsesThatSwitchProtocolsCarryNoConnectionClose(t *testing.T) {
@@ -383,12 +331,12 @@ func TestResponsesThatSwitchProtocolsCarryNoConnectionClose(t *testing.T) {
 			s := startService(t, tcptest.Listen(t), nil, handler)
 			c := s.dial(t)
 			s.awaitConns(t, 1, http.StateNew)
-			drained := s.startDrain(t, context.Background())
+			s.drain(t)
 			c.Send(t, tt.request+" HTTP/1.1\r\nHost: test:80\r\n"+tt.header+"\r\n")
 			resp, err := http.ReadResponse(c.Buffered(), &http.Request{Method: "HEAD"})
 			require.NoError(t, err)
 			assert.Equal(t, tt.close, resp.Close, "Connection: close")
-			requireDrained(t, drained)
+			s.requireDrained(t)
 		})
 	}
 }
@@ -398,134 +346,92 @@ func TestStreamsEndOnRegisterOnShutdown(t *testing.T) {
 	shutdown := make(chan struct{})
 	stream := newBlocking(flush, hello)
 	stream.release = shutdown
-	s := startService(t, tcptest.Listen(t), nil, stream)
+	s := newService(t, tcptest.Listen(t), nil, stream)
 	s.server.RegisterOnShutdown(func() { close(shutdown) }) // twice would panic
 	s.drainer.Grace = shortGrace
+	s.start(t)
 	c := s.get(t, "/")
 	stream.awaitEntered(t)
-	s.stop(t)
-	requireDrained(t, s.drain(context.Background()))
+	s.stop()
+	s.requireDrained(t)
 	_, body := c.Response(t)
 	assert.Equal(t, "Hello", body)
 }
 
-// DisableKeepAlives
+// Serve
 
-func TestDisableKeepAlivesChangesOnlyTheResponses(t *testing.T) {
-	t.Parallel()
-	eachProtocol(t, func(t *testing.T, config *tls.Config) {
-		s := startService(t, tcptest.Listen(t), config, hello)
-		idle := s.get(t, "/")
-		resp, _ := idle.Response(t)
-		assert.False(t, resp.Close, "the response before DisableKeepAlives has Connection: close")
-		unused := s.dial(t)
-		s.awaitConns(t, 1, http.StateIdle)
-		s.awaitConns(t, 1, http.StateNew)
-		var calls sync.WaitGroup
-		for range 10 {
-			calls.Add(1)
-			go func() {
-				defer calls.Done()
-				s.drainer.DisableKeepAlives()
-			}()
-		}
-		calls.Wait()
-		for name, c := range map[string]*httpclient.Conn{
-			"new": s.dial(t), "idle": idle, "unused": unused,
-		} {
-			c.Get(t, "/")
-			resp, body := c.Response(t)
-			assert.Equal(t, "Hello", body, "response on the %s connection", name)
-			assert.True(t, resp.Close, "no Connection: close on the %s connection", name)
-			c.RequireClosed(t)
-		}
-	})
-}
-
-// An instance that is still in rotation must not send GOAWAY: load balancers fail requests then.
-func TestDisableKeepAlivesLeavesHTTP2Alone(t *testing.T) {
-	config := httpclient.ServerTLS()
-	addrs, headers := make(chan string, 2), make(chan http.Header, 2)
-	s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(
-		func(w http.ResponseWriter, r *http.Request) {
-			addrs <- r.RemoteAddr
-			headers <- w.Header().Clone()
-		}))
-	client := httpclient.NewClient(config, true, true)
-	s.drainer.DisableKeepAlives()
-	for range 2 {
-		_, err := httpclient.Post(client, s.url(), "")
-		require.NoError(t, err)
-		assert.Empty(t, <-headers)
-	}
-	assert.Equal(t, <-addrs, <-addrs, "addresses of the client: the connection was closed")
-}
-
-// Drain
-
-func TestDrainServesOpenConnections(t *testing.T) {
+// The handler's context is not done, and the clients in the TLS handshake are served too.
+func TestServeServesOpenConnections(t *testing.T) {
 	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
 		b := newBlocking(nothing, hello)
+		b.after = func(w http.ResponseWriter, r *http.Request) {
+			assert.NoError(t, r.Context().Err())
+			hello(w, r)
+		}
 		s := startService(t, tcptest.Listen(t), config, routes{"/": hello, "/blocking": b})
 		inFlight := s.get(t, "/blocking")
 		b.awaitEntered(t)
 		idle := s.get(t, "/")
 		resp, _ := idle.Response(t)
-		assert.False(t, resp.Close, "the response before Drain has Connection: close")
+		assert.False(t, resp.Close, "the response before the context is done has Connection: close")
 		half := s.dial(t)
 		half.Send(t, "GET / HTTP/1.1\r\nHost:")
 		unread := s.dial(t)
+		connected, err := net.Dial("tcp", s.l.Addr().String())
+		require.NoError(t, err)
 		s.awaitConns(t, 1, http.StateActive)
 		s.awaitConns(t, 1, http.StateIdle)
-		s.awaitConns(t, 2, http.StateNew)
+		s.awaitConns(t, 3, http.StateNew)
 
-		drained := s.startDrain(t, context.Background())
-		unread.Get(t, "/")
-		unread.RequireLastResponse(t, "Hello")
-		half.Send(t, " test\r\n\r\n")
-		half.RequireLastResponse(t, "Hello")
-		idle.Get(t, "/")
-		idle.RequireLastResponse(t, "Hello")
+		s.drain(t)
+		requireLastResponse := func(c *httpclient.Conn, request string) {
+			c.Send(t, request)
+			c.RequireLastResponse(t, "Hello")
+		}
+		const request = "GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+		requireLastResponse(httpclient.On(t, connected, httpclient.ClientTLS(config)), request)
+		requireLastResponse(unread, request)
+		requireLastResponse(half, " test\r\n\r\n")
+		requireLastResponse(idle, request)
 		close(b.release)
 		_, body := inFlight.Response(t)
 		assert.Equal(t, "Hello", body)
-		inFlight.Get(t, "/") // its response did not say that the connection will be closed
-		inFlight.RequireLastResponse(t, "Hello")
-		requireDrained(t, drained)
+		requireLastResponse(inFlight, request) // the response had no Connection: close
+		s.requireDrained(t)
 	})
 }
 
-func TestDrainReturnsAtOnceIfNoConnectionIsLeft(t *testing.T) {
-	var shutdowns atomic.Int64
-	s := startService(t, tcptest.Listen(t), nil, hello)
-	called := make(chan struct{})
-	s.server.RegisterOnShutdown(func() { shutdowns.Add(1); close(called) })
+func TestServeReturnsAtOnceIfNoConnectionIsOpen(t *testing.T) {
+	s := newService(t, tcptest.Listen(t), nil, hello)
+	called := make(chan struct{}, 10)
+	s.server.RegisterOnShutdown(func() { called <- struct{}{} })
+	s.start(t)
 	_, err := httpclient.Post(httpclient.NewClient(nil, false, false), s.url(), "")
 	require.NoError(t, err)
-	s.stop(t)
-	requireDrained(t, s.drain(context.Background()))
+	s.stop()
+	s.requireDrained(t)
 	tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
-	assert.EqualValues(t, 1, shutdowns.Load())
 }
 
-func TestDrainClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
+func TestServeClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
 	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
-		s := startService(t, tcptest.Listen(t), config, hello)
+		s := newService(t, tcptest.Listen(t), config, hello)
 		s.drainer.Grace = shortGrace
+		s.start(t)
 		idle := s.get(t, "/")
 		idle.Response(t)
 		unused := s.dial(t)
-		httpclient.Dial(t, s.sl.Addr().String(), nil) // not even a TLS handshake
+		httpclient.Dial(t, s.l.Addr().String(), nil) // not even a TLS handshake
 		s.awaitConns(t, 1, http.StateIdle)
 		s.awaitConns(t, 2, http.StateNew)
 
-		s.stop(t)
+		s.drain(t)
 		start := time.Now()
-		requireDrained(t, s.drain(context.Background()))
+		s.requireDrained(t)
 		took := time.Since(start)
-		assert.GreaterOrEqual(t, took, shortGrace)
+		assert.GreaterOrEqual(t, took, shortGrace*9/10)
 		assert.Less(t, took, 10*shortGrace, "Shutdown would wait five seconds for unused connections")
 		idle.RequireClosed(t)
 		unused.RequireClosed(t)
@@ -533,17 +439,18 @@ func TestDrainClosesIdleConnectionsAfterTheGracePeriod(t *testing.T) {
 }
 
 // The shortest of several: one that is twice as long is not due to a busy machine.
-func TestDrainTakesTheGracePeriodAndNotMore(t *testing.T) {
+func TestServeTakesTheGracePeriodAndNotMore(t *testing.T) {
 	t.Parallel()
 	shortest := time.Hour
 	for range 10 {
-		s := startService(t, tcptest.Listen(t), nil, hello)
+		s := newService(t, tcptest.Listen(t), nil, hello)
 		s.drainer.Grace = shortGrace
+		s.start(t)
 		s.dial(t)
 		s.awaitConns(t, 1, http.StateNew)
-		s.stop(t)
+		s.drain(t)
 		start := time.Now()
-		requireDrained(t, s.drain(context.Background()))
+		s.requireDrained(t)
 		if shortest = min(shortest, time.Since(start)); shortest < 2*shortGrace {
 			return
 		}
@@ -551,52 +458,268 @@ func TestDrainTakesTheGracePeriodAndNotMore(t *testing.T) {
 	assert.Less(t, shortest, 2*shortGrace)
 }
 
-func TestDrainAbortsRequestsWhenTheContextIsDone(t *testing.T) {
+// It was in flight when the context was done, so its response carries no Connection: close.
+func TestConnectionStaysIdleForGraceAfterAResponse(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes two seconds")
+	t.Parallel()
 	b := newBlocking(nothing, hello)
-	s := startService(t, tcptest.Listen(t), nil, b)
-	called := make(chan struct{})
-	s.server.RegisterOnShutdown(func() { close(called) })
+	s := newService(t, tcptest.Listen(t), nil, b)
+	s.drainer.Grace = 2 * time.Second // the response comes long before the end
+	s.start(t)
 	c := s.get(t, "/")
 	b.awaitEntered(t)
-	defer close(b.release)
-	ctx, cancel := context.WithCancel(context.Background())
-	drained := s.startDrain(t, ctx)
-	cancel()
-	err := tcptest.Receive(t, drained, "return of Drain")
-	assert.ErrorIs(t, err, context.Canceled)
-	assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
+	s.drain(t)
+	start := time.Now()
+	<-time.After(shortGrace)
+	released := time.Now()
+	close(b.release)
+	resp, _ := c.Response(t)
+	assert.False(t, resp.Close, "the response has Connection: close")
+	s.requireDrained(t)
+	assert.GreaterOrEqual(t, time.Since(released), s.drainer.Grace, "idle since the response")
+	assert.Less(t, time.Since(start), tcptest.Patience, "duration of the shutdown")
 	c.RequireClosed(t)
-	tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
 }
 
-func TestDrainClosesIdleConnectionsWithoutAnErrorWhenTheContextIsDone(t *testing.T) {
-	s := startService(t, tcptest.Listen(t), nil, hello)
+// The test reports the states of the connection itself: it is idle for a moment, as that of an
+// HTTP/2 client with several requests at a time, and then has a request in flight again. The
+// shortest of several: one that is twice as long is not due to a busy machine.
+func TestBusyConnectionsDoNotPostponeShutdown(t *testing.T) {
+	t.Parallel()
+	shortest := time.Hour
+	for range 10 {
+		s := newService(t, tcptest.Listen(t), nil, hello)
+		s.drainer.Grace = 2 * shortGrace
+		shutdown := make(chan struct{})
+		s.server.RegisterOnShutdown(func() { close(shutdown) })
+		conn, _ := s.start(t).accept(t)
+		s.server.ConnState(conn, http.StateActive)
+		start := time.Now()
+		s.drain(t)
+		<-time.After(shortGrace)
+		s.server.ConnState(conn, http.StateIdle)
+		s.server.ConnState(conn, http.StateActive)
+		tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+		shortest = min(shortest, time.Since(start))
+		s.server.ConnState(conn, http.StateClosed)
+		s.requireDrained(t)
+		if shortest < 3*shortGrace {
+			return
+		}
+	}
+	assert.Less(t, shortest, 3*shortGrace, "until Shutdown is called")
+}
+
+// accept returns both ends of a connection whose states the test reports.
+func (s *service) accept(t testing.TB) (conn, client net.Conn) {
+	_, err := httpclient.Post(httpclient.NewClient(nil, false, false), s.url(), "")
+	require.NoError(t, err) // so the hooks are in the server
+	conn, client = net.Pipe()
+	require.NoError(t, client.SetReadDeadline(time.Now().Add(tcptest.Patience)))
+	s.server.ConnContext(context.Background(), conn)
+	s.server.ConnState(conn, http.StateNew)
+	return conn, client
+}
+
+// Shutdown can miss an HTTP/2 connection that has just been set up, so that its client never
+// gets GOAWAY. The test reports the states of such connections itself. One is idle before Shutdown
+// is called, another one later, and the first is so again.
+func TestServeClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes two seconds")
+	t.Parallel()
+	s := newService(t, tcptest.Listen(t), nil, hello)
+	s.drainer.Grace = 0
+	shutdown := make(chan struct{})
+	s.server.RegisterOnShutdown(func() { close(shutdown) })
+	s.start(t)
+	var conns, clients [3]net.Conn
+	var idleSince [3]time.Time
+	becomesIdle := func(i int) {
+		idleSince[i] = time.Now()
+		s.server.ConnState(conns[i], http.StateIdle)
+	}
+	for i := range conns {
+		conns[i], clients[i] = s.accept(t)
+		s.server.ConnState(conns[i], http.StateActive)
+	}
+	becomesIdle(0)
+	becomesIdle(1)
+	s.stop()
+	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+	time.Sleep(shortGrace) // now Serve waits
+	s.server.ConnState(conns[0], http.StateActive)
+	becomesIdle(0)
+	becomesIdle(2)
+	for i, client := range clients {
+		_, err := client.Read(make([]byte, 1))
+		require.Equal(t, io.EOF, err, "idle connection %d is not closed", i)
+		require.GreaterOrEqual(t, time.Since(idleSince[i]), 2*time.Second,
+			"connection %d is closed too soon after its last request", i)
+		s.server.ConnState(conns[i], http.StateClosed)
+	}
+	s.requireDrained(t)
+}
+
+// The last requests end before and after the end of the grace period.
+func TestServeReturnsSoonIfHTTP2ConnectionsEndWithTheGracePeriod(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes two seconds")
+	t.Parallel()
+	const clients = 24
+	release := make(chan struct{})
+	entered, all := tcptest.Countdown(clients)
+	s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), http.HandlerFunc(
+		func(http.ResponseWriter, *http.Request) { entered(); <-release }))
+	s.drainer.Grace = shortGrace
+	s.start(t)
+	for range clients {
+		go httpclient.Post(httpclient.NewClient(s.config, true, true), s.url(), "")
+	}
+	tcptest.Receive(t, all, "calls of the handler")
+	s.drain(t)
+	start := time.Now()
+	for i := range clients {
+		time.Sleep(time.Until(start.Add(shortGrace * time.Duration(clients+2*i) / (2 * clients))))
+		release <- struct{}{}
+	}
+	s.requireDrained(t)
+	assert.Less(t, time.Since(start), 5*time.Second)
+}
+
+// Delay
+
+func TestEverythingGoesOnForDelay(t *testing.T) {
+	t.Parallel()
+	eachProtocol(t, func(t *testing.T, config *tls.Config) {
+		s := newService(t, tcptest.Listen(t), config, hello)
+		s.drainer.Delay = 2 * time.Second
+		s.start(t)
+		idle := s.get(t, "/")
+		idle.Response(t)
+		unused := s.dial(t)
+		s.awaitConns(t, 1, http.StateIdle)
+		s.awaitConns(t, 1, http.StateNew)
+		start := time.Now()
+		s.stop()
+		tcptest.Await(t, "response with Connection: close", func() bool {
+			c := s.get(t, "/")
+			defer c.Close()
+			resp, _ := c.Response(t)
+			return resp.Close
+		})
+		for name, c := range map[string]*httpclient.Conn{"idle": idle, "unused": unused} {
+			c.Get(t, "/")
+			resp, body := c.Response(t)
+			assert.Equal(t, "Hello", body, "response on the %s connection", name)
+			assert.True(t, resp.Close, "no Connection: close on the %s connection", name)
+			c.RequireClosed(t)
+		}
+		s.requireDrained(t)
+		assert.GreaterOrEqual(t, time.Since(start), s.drainer.Delay)
+	})
+}
+
+func TestDelayIsSkipped(t *testing.T) {
+	t.Run("in a process that was replaced", func(t *testing.T) {
+		s := newService(t, tcptest.Listen(t), nil, hello)
+		s.drainer.Delay = time.Hour
+		ctx, cancel := context.WithCancelCause(context.Background())
+		s.serve(ctx, s.l)
+		s.get(t, "/").Response(t)
+		cancel(replaced.Err)
+		tcptest.Receive(t, s.l.drained, "call of Drain")
+		s.server.Close()
+	})
+	t.Run("if the context is done before, and what is in the accept queue is served", func(t *testing.T) {
+		l := tcptest.Listen(t)
+		s := newService(t, l, nil, hello)
+		s.drainer.Delay = time.Hour
+		c := s.get(t, "/")
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		s.serve(ctx, tcptest.Wrap(t, l))
+		_, body := c.Response(t)
+		assert.Equal(t, "Hello", body)
+		c.Close()
+		s.requireDrained(t)
+	})
+}
+
+// Timeout
+
+func TestTimeoutAbortsRequests(t *testing.T) {
+	t.Parallel()
+	for name, http2 := range map[string]bool{"HTTP/1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			config := httpclient.ServerTLS()
+			b := newBlocking(flush, hello)
+			b.entered = make(chan struct{}, 3)
+			panics := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+				panic(http.ErrAbortHandler)
+			})
+			s := newService(t, tcptest.Listen(t), config, routes{"/": hello, "/blocking": b, "/panics": panics})
+			s.drainer.Timeout = shortGrace
+			shutdown := make(chan struct{})
+			s.server.RegisterOnShutdown(func() { close(shutdown) })
+			s.start(t)
+			idle := s.get(t, "/")
+			idle.Response(t)
+			unused := s.dial(t)
+			client := httpclient.NewClient(config, http2, true)
+			aborted := make(chan error, 3)
+			for range 3 {
+				go func() {
+					_, err := httpclient.Post(client, s.url()+"/blocking", "")
+					aborted <- err
+				}()
+				b.awaitEntered(t)
+			}
+			defer close(b.release)
+			_, err := httpclient.Post(client, s.url()+"/panics", "")
+			require.Error(t, err)
+			_, err = httpclient.Post(client, s.url()+"/", "")
+			require.NoError(t, err)
+			s.awaitConns(t, 1, http.StateNew)
+			s.stop()
+			err = tcptest.Receive(t, s.served, "return of Serve")
+			assert.ErrorIs(t, err, context.DeadlineExceeded)
+			assert.EqualError(t, err, "httpdrain: requests aborted: 3: context deadline exceeded")
+			for range 3 {
+				assert.Error(t, tcptest.Receive(t, aborted, "error of an aborted request"))
+			}
+			idle.AwaitClosed(t)
+			unused.AwaitClosed(t)
+			tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
+		})
+	}
+}
+
+func TestTimeoutClosesIdleConnectionsWithoutAnError(t *testing.T) {
+	t.Parallel()
+	s := newService(t, tcptest.Listen(t), nil, hello)
+	s.drainer.Timeout = shortGrace
+	s.start(t)
 	idle, unused := s.get(t, "/"), s.dial(t)
 	idle.Response(t)
 	s.awaitConns(t, 1, http.StateIdle)
 	s.awaitConns(t, 1, http.StateNew)
-	ctx, cancel := context.WithCancel(context.Background())
-	drained := s.startDrain(t, ctx)
-	cancel()
-	requireDrained(t, drained)
+	s.stop()
+	s.requireDrained(t)
 	idle.RequireClosed(t)
 	unused.RequireClosed(t)
 }
 
 // Hijacked connections, with a response before (CONNECT) and without (WebSocket). x/net's h2c
 // reports states of connections after it has hijacked them.
-func TestDrainIgnoresHijackedConnections(t *testing.T) {
+func TestServeIgnoresHijackedConnections(t *testing.T) {
 	t.Parallel()
-	for name, before := range map[string]func(http.ResponseWriter, *service){
-		"at once":           func(http.ResponseWriter, *service) {},
-		"after WriteHeader": func(w http.ResponseWriter, _ *service) { w.WriteHeader(http.StatusOK) },
-	} {
+	for name, before := range map[string]http.HandlerFunc{"at once": nothing, "after a response": flush} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			hijacked := make(chan net.Conn, 1)
 			var s *service
-			hijack := func(w http.ResponseWriter, _ *http.Request) {
-				before(w, s)
+			hijack := func(w http.ResponseWriter, r *http.Request) {
+				before(w, r)
 				conn, _, err := http.NewResponseController(w).Hijack()
 				if !assert.NoError(t, err) {
 					return
@@ -606,17 +729,16 @@ func TestDrainIgnoresHijackedConnections(t *testing.T) {
 					s.server.ConnState(wrapper, http.StateIdle)
 				}
 				hijacked <- conn
+				<-r.Context().Done()
 			}
-			handler := routes{"/": hello, "/hijack": http.HandlerFunc(hijack)}
-			s = startService(t, tcptest.Listen(t), nil, handler)
-			s.drainer.Grace = shortGrace
-			idle := s.get(t, "/")
-			idle.Response(t)
+			s = newService(t, tcptest.Listen(t), nil, routes{"/hijack": http.HandlerFunc(hijack)})
+			s.drainer.Timeout = 10 * time.Millisecond
+			s.start(t)
 			c := s.get(t, "/hijack")
 			conn := tcptest.Receive(t, hijacked, "call of the handler")
 			defer conn.Close()
-			s.stop(t)
-			requireDrained(t, s.drain(context.Background()))
+			s.stop()
+			s.requireDrained(t)
 			_, err := io.WriteString(conn, "still open\n")
 			require.NoError(t, err)
 			tcptest.Await(t, "what was sent on the hijacked connection", func() bool {
@@ -628,235 +750,141 @@ func TestDrainIgnoresHijackedConnections(t *testing.T) {
 	}
 }
 
-func TestDrainDoesNotWaitForHandlersThatPanicked(t *testing.T) {
-	abort := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
-	b := newBlocking(flush, abort)
-	s := startService(t, tcptest.Listen(t), nil, routes{"/": abort, "/blocking": b})
-	s.get(t, "/").RequireClosed(t)
-	s.get(t, "/blocking")
-	b.awaitEntered(t)
-	s.stop(t)
-	drained := s.drain(context.Background())
-	close(b.release)
-	requireDrained(t, drained)
-}
+// Several listeners
 
-// A server that is still accepting stops when the grace period is over.
-func TestDrainStopsServe(t *testing.T) {
-	t.Parallel()
-	s := startService(t, tcptest.Listen(t), nil, hello)
-	s.drainer.Grace = shortGrace
-	s.dial(t)
-	s.awaitConns(t, 1, http.StateNew)
-	requireDrained(t, s.drain(context.Background()))
-	assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, s.served, "return of Serve"))
-}
-
-// One HTTP/2 connection is idle. The other has two requests in flight: one response has not
-// started when Drain is called, the other has.
-func TestDrainShutsDownHTTP2(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes more than a second")
-	t.Parallel()
-	config := httpclient.ServerTLS()
-	before, started := newBlocking(nothing, hello), newBlocking(flush, hello)
-	handler := routes{"/": hello, "/before": before, "/started": started}
-	s := startService(t, tcptest.Listen(t), config, handler)
-	s.drainer.Grace = shortGrace
-	shutdown := make(chan struct{})
-	s.server.RegisterOnShutdown(func() { close(shutdown) })
-
-	idle, busy := httpclient.NewClient(config, true, true), httpclient.NewClient(config, true, true)
-	body, err := httpclient.Post(idle, s.url(), "")
-	require.NoError(t, err)
-	require.Equal(t, "Hello", body)
-	bodies := make(chan string, 2)
-	for path, b := range map[string]*blocking{"/before": before, "/started": started} {
-		go func() {
-			body, err := httpclient.Post(busy, s.url()+path, "")
-			assert.NoError(t, err)
-			bodies <- body
-		}()
-		b.awaitEntered(t)
-	}
-
-	s.stop(t)
-	drained := s.drain(context.Background())
-	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
-	s.awaitConns(t, 1, http.StateClosed) // the idle one: its client has received GOAWAY
-	close(before.release)
-	close(started.release)
-	assert.Equal(t, "Hello", tcptest.Receive(t, bodies, "response"))
-	assert.Equal(t, "Hello", tcptest.Receive(t, bodies, "response"))
-	requireDrained(t, drained)
-}
-
-// Shutdown can miss an HTTP/2 connection that has just been set up, so that its client never
-// gets GOAWAY. The test reports the states of such connections itself. One is idle before Shutdown
-// is called, another one later, and the first is so again.
-func TestDrainClosesIdleConnectionsThatShutdownHasMissed(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes two seconds")
-	t.Parallel()
-	server := &http.Server{Handler: nothing}
-	drainer := httpdrain.New(server)
-	drainer.Grace = 0
-	shutdown := make(chan struct{})
-	server.RegisterOnShutdown(func() { close(shutdown) })
-	var conns, clients [3]net.Conn
-	var idleSince [3]time.Time
-	becomesIdle := func(i int) {
-		idleSince[i] = time.Now()
-		server.ConnState(conns[i], http.StateIdle)
-	}
-	for i := range conns {
-		conns[i], clients[i] = net.Pipe()
-		require.NoError(t, clients[i].SetReadDeadline(time.Now().Add(tcptest.Patience)))
-		server.ConnState(conns[i], http.StateNew)
-		server.ConnState(conns[i], http.StateActive)
-	}
-	becomesIdle(0)
-	becomesIdle(1)
-	drained := make(chan error, 1)
-	go func() { drained <- drainer.Drain(context.Background()) }()
-	tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
-	time.Sleep(shortGrace) // now Drain waits
-	server.ConnState(conns[0], http.StateActive)
-	becomesIdle(0)
-	becomesIdle(2)
-	for i, client := range clients {
-		_, err := client.Read(make([]byte, 1))
-		require.Equal(t, io.EOF, err, "idle connection %d is not closed", i)
-		require.GreaterOrEqual(t, time.Since(idleSince[i]), 2*time.Second,
-			"connection %d is closed too soon after its last request", i)
-		server.ConnState(conns[i], http.StateClosed)
-	}
-	requireDrained(t, drained)
-}
-
-// Grace is so long that only GOAWAY can close the connection.
-func TestDrainSendsGOAWAYWithTheResponseToTheOnlyRequestInFlight(t *testing.T) {
-	config := httpclient.ServerTLS()
-	headers := make(chan http.Header, 1)
-	b := newBlocking(nothing, hello)
-	s := startService(t, tcptest.Listen(t), config, routes{"/blocking": b, "/": http.HandlerFunc(
-		func(w http.ResponseWriter, _ *http.Request) { headers <- w.Header().Clone() })})
-	post := func(client *http.Client, path string) {
-		_, err := httpclient.Post(client, s.url()+path, "")
-		assert.NoError(t, err)
-	}
-	one, many := httpclient.NewClient(config, true, true), httpclient.NewClient(config, true, true)
-	for _, client := range []*http.Client{one, many} {
-		post(client, "/")
-		assert.Empty(t, <-headers, "before Drain")
-	}
-	responded := make(chan struct{})
-	go func() {
-		defer close(responded)
-		post(many, "/blocking")
-	}()
-	b.awaitEntered(t)
-	drained := s.startDrain(t, context.Background()) // one connection is closed after it
-	post(many, "/")
-	assert.Empty(t, <-headers, "another request is in flight")
-	post(one, "/")
-	assert.Equal(t, http.Header{"Connection": {"close"}}, <-headers, "no other request is in flight")
-	s.awaitConns(t, 2, http.StateClosed)
-	close(b.release)
-	tcptest.Receive(t, responded, "response")
-	post(many, "/")
-	assert.Equal(t, http.Header{"Connection": {"close"}}, <-headers, "no other request is in flight")
-	requireDrained(t, drained)
-}
-
-// Connections that become idle in the grace period
-
-// It was in flight when Drain was called, so its response carries no Connection: close.
-func TestConnectionStaysIdleForGraceAfterAResponse(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes two seconds")
-	t.Parallel()
-	b := newBlocking(nothing, hello)
-	s := startService(t, tcptest.Listen(t), nil, b)
-	s.drainer.Grace = 2 * time.Second // the response comes long before the end
-	c := s.get(t, "/")
-	b.awaitEntered(t)
-	s.stop(t)
-	start := time.Now()
-	drained := s.drain(context.Background())
-	<-time.After(shortGrace)
-	released := time.Now()
-	close(b.release)
-	resp, _ := c.Response(t)
-	assert.False(t, resp.Close, "the response has Connection: close")
-	requireDrained(t, drained)
-	assert.GreaterOrEqual(t, time.Since(released), s.drainer.Grace, "idle since the response")
-	assert.Less(t, time.Since(start), tcptest.Patience, "duration of Drain")
-	c.RequireClosed(t)
-}
-
-// The test reports the states of the connection itself: it is idle for a moment, as that of an
-// HTTP/2 client with several requests at a time, and then has a request in flight again. The
-// shortest of several: one that is twice as long is not due to a busy machine.
-func TestBusyConnectionsDoNotPostponeShutdown(t *testing.T) {
-	t.Parallel()
-	shortest := time.Hour
-	for range 10 {
-		server := &http.Server{Handler: nothing}
-		drainer := httpdrain.New(server)
-		drainer.Grace = 2 * shortGrace
-		shutdown := make(chan struct{})
-		server.RegisterOnShutdown(func() { close(shutdown) })
-		conn, _ := net.Pipe()
-		server.ConnState(conn, http.StateNew)
-		server.ConnState(conn, http.StateActive)
-		start := time.Now()
-		drained := make(chan error, 1)
-		go func() { drained <- drainer.Drain(context.Background()) }()
-		<-time.After(shortGrace)
-		server.ConnState(conn, http.StateIdle)
-		server.ConnState(conn, http.StateActive)
-		tcptest.Receive(t, shutdown, "call of the function registered with RegisterOnShutdown")
-		shortest = min(shortest, time.Since(start))
-		server.ConnState(conn, http.StateClosed)
-		requireDrained(t, drained)
-		if shortest < 3*shortGrace {
-			return
-		}
-	}
-	assert.Less(t, shortest, 3*shortGrace, "until Shutdown is called")
-}
-
-func TestTwoCallsOfDrainReturn(t *testing.T) {
-	t.Parallel()
-	b := newBlocking(nothing, hello)
-	s := startService(t, tcptest.Listen(t), nil, b)
-	requireOnce := countShutdowns(t, s.server)
-	c := s.get(t, "/")
-	b.awaitEntered(t)
-	first := s.startDrain(t, context.Background())
-	second := s.drain(context.Background())
-	close(b.release)
+func TestServersOfOneDrainerStopTogether(t *testing.T) {
+	s := startService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
+	plain := listen(t, tcptest.Listen(t))
+	served := make(chan error, 2)
+	go func() { served <- s.drainer.Serve(context.Background(), plain) }()
+	secure := s.get(t, "/")
+	secure.Response(t)
+	c := httpclient.Dial(t, plain.Addr().String(), nil)
+	c.Get(t, "/")
 	c.Response(t)
-	c.Close()
-	requireDrained(t, first)
-	requireDrained(t, second)
-	requireOnce()
+	s.drain(t)
+	tcptest.Receive(t, plain.closed, "return of the other accept loop")
+	secure.Get(t, "/")
+	secure.RequireLastResponse(t, "Hello")
+	late := listen(t, tcptest.Listen(t))
+	queued := httpclient.Dial(t, late.Addr().String(), nil)
+	late.drain = late.StoppableListener.Drain
+	go func() { served <- s.drainer.Serve(context.Background(), late) }()
+	queued.Get(t, "/")
+	queued.RequireLastResponse(t, "Hello")
+	select {
+	case <-s.served:
+		assert.Fail(t, "Serve has returned while a connection of the other is open")
+	case <-time.After(100 * time.Millisecond):
+	}
+	c.Get(t, "/")
+	c.RequireLastResponse(t, "Hello")
+	s.requireDrained(t)
+	require.NoError(t, tcptest.Receive(t, served, "return of the other Serve"))
+	require.NoError(t, tcptest.Receive(t, served, "return of the Serve that was called later"))
+	assert.Equal(t, http.ErrServerClosed, s.drainer.Serve(context.Background(), listen(t, tcptest.Listen(t))))
 }
 
-// countShutdowns registers a function with RegisterOnShutdown, which must be called once.
-func countShutdowns(t *testing.T, server *http.Server) (requireOnce func()) {
-	called := make(chan struct{}, 10)
-	server.RegisterOnShutdown(func() { called <- struct{}{} })
-	return func() {
-		t.Helper()
-		tcptest.Receive(t, called, "call of the function registered with RegisterOnShutdown")
-		select {
-		case <-called:
-			assert.Fail(t, "the function registered with RegisterOnShutdown is called again")
-		case <-time.After(100 * time.Millisecond):
-		}
+// A failing listener's Accept returns an error.
+type failing struct {
+	*serviceListener
+	err chan error
+}
+
+func (l failing) Accept() (net.Conn, error) { return nil, <-l.err }
+
+func TestServeReturnsTheErrorOfItsListener(t *testing.T) {
+	for name, delay := range map[string]time.Duration{"before": 0, "within Delay": time.Second} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tcptest.Listen(t), nil, hello)
+			s.drainer.Delay = delay
+			s.start(t)
+			fails := failing{listen(t, tcptest.Listen(t)), make(chan error, 1)}
+			served := make(chan error, 1)
+			go func() { served <- s.drainer.Serve(context.Background(), fails) }()
+			s.get(t, "/").Response(t)
+			if delay > 0 {
+				s.stop()
+				tcptest.Await(t, "response with Connection: close", func() bool {
+					resp, _ := s.get(t, "/").Response(t)
+					return resp.Close
+				})
+			}
+			errFailed := errors.New("failed")
+			fails.err <- errFailed
+			assert.Equal(t, errFailed, tcptest.Receive(t, served, "return of Serve"))
+			c := s.get(t, "/") // the other keeps serving
+			c.Response(t)
+		})
 	}
 }
 
-// What Drain does not know
+func TestServeReturnsErrServerClosedIfOtherCodeShutsTheServerDown(t *testing.T) {
+	s := startService(t, tcptest.Listen(t), nil, hello)
+	s.get(t, "/").Response(t)
+	s.server.Close()
+	assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, s.served, "return of Serve"))
+	assert.Equal(t, http.ErrServerClosed, s.drainer.Serve(context.Background(), s.l))
+}
+
+// ListenAndServe
+
+func TestListenAndServe(t *testing.T) {
+	config := httpclient.ServerTLS()
+	for name, secure := range map[string]bool{"plain": false, "TLS": true} {
+		t.Run(name, func(t *testing.T) {
+			l := tcptest.Listen(t)
+			require.NoError(t, l.Close())
+			started := make(chan struct{})
+			server := &http.Server{Addr: l.Addr().String(), Handler: hello,
+				BaseContext: func(net.Listener) context.Context { close(started); return context.Background() }}
+			d := httpdrain.New(server)
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			served := make(chan error, 1)
+			go func() {
+				if secure {
+					server.TLSConfig = config
+					served <- d.ListenAndServeTLS(ctx, "", "")
+				} else {
+					served <- d.ListenAndServe(ctx)
+				}
+			}()
+			tcptest.Receive(t, started, "start of the server")
+			url, clientConfig := "http://"+server.Addr, (*tls.Config)(nil)
+			if secure {
+				url, clientConfig = "https://"+server.Addr, config
+			}
+			body, err := httpclient.Post(httpclient.NewClient(clientConfig, true, false), url, "")
+			require.NoError(t, err)
+			assert.Equal(t, "Hello", body)
+			cancel()
+			require.NoError(t, tcptest.Receive(t, served, "return of ListenAndServe"))
+			assert.Equal(t, http.ErrServerClosed, d.ListenAndServe(ctx))
+			l2, err := net.Listen("tcp", server.Addr)
+			require.NoError(t, err, "the address is in use after the return")
+			l2.Close()
+		})
+	}
+}
+
+func TestListenAndServeReturnsErrorsAtOnce(t *testing.T) {
+	busy := tcptest.Listen(t)
+	server := &http.Server{Addr: busy.Addr().String()}
+	d := httpdrain.New(server)
+	var opError *net.OpError
+	assert.ErrorAs(t, d.ListenAndServe(context.Background()), &opError)
+	assert.ErrorAs(t, d.ListenAndServeTLS(context.Background(), "", ""), &opError)
+	require.NoError(t, busy.Close())
+	missing := filepath.Join(t.TempDir(), "missing")
+	assert.ErrorIs(t, d.ListenAndServeTLS(context.Background(), missing, missing), os.ErrNotExist)
+	l, err := net.Listen("tcp", server.Addr)
+	require.NoError(t, err, "the address is in use after the error")
+	l.Close()
+}
+
+// Connections of other types
 
 // A taggedConn cannot be a key of a map.
 type taggedConn struct {
@@ -864,104 +892,217 @@ type taggedConn struct {
 	_ []string
 }
 
-// A tagging listener returns such connections after some others.
-type tagging struct {
-	net.Listener
-	others *atomic.Int64
-}
-
-func newTagging(l net.Listener, others int64) net.Listener {
-	t := tagging{l, new(atomic.Int64)}
-	t.others.Store(others)
-	return t
-}
+type tagging struct{ *serviceListener }
 
 func (l tagging) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil || l.others.Add(-1) >= 0 {
-		return conn, err
+	conn, err := l.serviceListener.Accept()
+	if err != nil {
+		return nil, err
 	}
 	return taggedConn{Conn: conn}, nil
 }
 
-func TestDrainWaitsForConnectionsThatItDoesNotKnow(t *testing.T) {
+func TestConnectionsThatCannotBeMapKeysAreServed(t *testing.T) {
+	b := newBlocking(nothing, hello)
+	s := newService(t, tcptest.Listen(t), nil, routes{"/": hello, "/blocking": b})
+	s.server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		assert.IsType(t, new(taggedConn), conn)
+		return ctx
+	}
+	s.start(t, tagging{s.l})
+	idle := s.get(t, "/")
+	idle.Response(t)
+	inFlight := s.get(t, "/blocking")
+	b.awaitEntered(t)
+	s.drain(t)
+	idle.Get(t, "/")
+	idle.RequireLastResponse(t, "Hello")
+	close(b.release)
+	inFlight.Response(t)
+	inFlight.Close()
+	s.requireDrained(t)
+}
+
+// A limited listener accepts a connection when another is closed, as netutil.LimitListener does.
+type limited struct {
+	*serviceListener
+	free chan struct{} // a value for each connection that may be accepted
+}
+
+func newLimited(t testing.TB, l *serviceListener) limited {
+	l.drain = l.StoppableListener.Drain
+	limited := limited{l, make(chan struct{}, 2)}
+	limited.free <- struct{}{}
+	limited.free <- struct{}{}
+	return limited
+}
+
+func (l limited) Accept() (net.Conn, error) {
+	select {
+	case <-l.free:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.serviceListener.Accept()
+	if err != nil {
+		l.free <- struct{}{}
+		return nil, err
+	}
+	return &limitedConn{conn, sync.OnceFunc(func() { l.free <- struct{}{} })}, nil
+}
+
+type limitedConn struct {
+	net.Conn
+	close func()
+}
+
+func (c *limitedConn) Close() error {
+	defer c.close()
+	return c.Conn.Close()
+}
+
+func TestServeMakesRoomInAFullListener(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes a second")
 	t.Parallel()
-	for name, tt := range map[string]struct {
-		listener func(net.Listener) net.Listener
-		replace  func(*http.Server)
-		message  string // a part of the error of Drain
-	}{
-		"cannot be a map key": {
-			func(l net.Listener) net.Listener { return newTagging(l, 0) }, func(*http.Server) {}, "",
-		},
-		"ConnState replaced": {
-			func(l net.Listener) net.Listener { return l },
-			func(server *http.Server) { server.ConnState = func(net.Conn, http.ConnState) {} },
-			"ConnState was replaced",
+	const grace = time.Second
+	post := func(t *testing.T, s *service, http2, keepAlive bool) {
+		_, err := httpclient.Post(httpclient.NewClient(s.config, http2, keepAlive), s.url(), "")
+		assert.NoError(t, err)
+	}
+	for name, occupy := range map[string]func(*testing.T, *service){
+		"of idle connections":        func(t *testing.T, s *service) { post(t, s, false, true) },
+		"of idle HTTP/2 connections": func(t *testing.T, s *service) { post(t, s, true, true) },
+		"of unused connections": func(t *testing.T, s *service) {
+			httpclient.Dial(t, s.l.Addr().String(), nil)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b := newBlocking(nothing, hello)
-			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
-			requireOnce := countShutdowns(t, server)
-			drainer := httpdrain.New(server)
-			tt.replace(server)
-			l := tcptest.Listen(t)
-			served := make(chan error, 1)
-			go func() { served <- server.Serve(tt.listener(l)) }()
-			idle := httpclient.Dial(t, l.Addr().String(), nil)
-			inFlight := httpclient.Dial(t, l.Addr().String(), nil)
-			idle.Get(t, "/")
-			idle.Response(t)
-			inFlight.Get(t, "/blocking")
-			b.awaitEntered(t)
-			drained := make(chan error, 1)
-			go func() { drained <- drainer.Drain(context.Background()) }()
-			idle.RequireClosed(t)
-			select {
-			case <-drained:
-				assert.Fail(t, "Drain has returned while a request is in flight")
-			default:
+			s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
+			s.drainer.Grace = grace
+			l := newLimited(t, s.l)
+			s.start(t, l)
+			occupy(t, s)
+			occupy(t, s)
+			tcptest.Await(t, "full listener", func() bool { return len(l.free) == 0 })
+			var waiting sync.WaitGroup
+			for range 3 {
+				waiting.Add(1)
+				go func() {
+					defer waiting.Done()
+					post(t, s, false, false)
+				}()
 			}
-			close(b.release)
-			_, body := inFlight.Response(t)
-			assert.Equal(t, "Hello", body)
-			err := tcptest.Receive(t, drained, "return of Drain")
-			if tt.message == "" {
-				assert.NoError(t, err)
-			} else {
-				assert.ErrorContains(t, err, tt.message)
-			}
-			assert.Equal(t, http.ErrServerClosed, tcptest.Receive(t, served, "return of Serve"))
-			requireOnce()
+			<-time.After(100 * time.Millisecond) // now they wait
+			start := time.Now()
+			s.stop()
+			s.requireDrained(t)
+			took := time.Since(start)
+			assert.GreaterOrEqual(t, took, grace, "closed before the end of Grace")
+			assert.Less(t, took, 4*grace)
+			waiting.Wait()
 		})
 	}
 }
 
-func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) {
-	for name, idle := range map[string]int{"alone": 0, "beside one that it knows": 1} {
+// A stuck listener's Accept returns when the test ends.
+type stuck struct {
+	*serviceListener
+	testEnd chan struct{}
+}
+
+func (l stuck) Accept() (net.Conn, error) { <-l.testEnd; return nil, net.ErrClosed }
+
+func TestTimeoutBoundsAnAcceptThatDoesNotReturn(t *testing.T) {
+	t.Parallel()
+	s := newService(t, tcptest.Listen(t), nil, hello)
+	s.drainer.Timeout = shortGrace
+	s.start(t)
+	l := stuck{listen(t, tcptest.Listen(t)), make(chan struct{})}
+	defer close(l.testEnd)
+	served := make(chan error, 1)
+	go func() { served <- s.drainer.Serve(context.Background(), l) }()
+	s.get(t, "/").Response(t)
+	s.stop()
+	s.requireDrained(t)
+	require.NoError(t, tcptest.Receive(t, served, "return of the other Serve"))
+}
+
+// TLS
+
+func TestServeTLSUsesTLSConfig(t *testing.T) {
+	config := httpclient.ServerTLS()
+	cert := config.Certificates[0]
+	for name, serverConfig := range map[string]*tls.Config{
+		"Certificates": {Certificates: []tls.Certificate{cert}},
+		"GetCertificate": {GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return &cert, nil
+		}},
+		"GetConfigForClient": {GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			return &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2"}}, nil
+		}},
+		"client certificates": {
+			Certificates: []tls.Certificate{cert}, ClientAuth: tls.RequireAnyClientCert,
+		},
+	} {
 		t.Run(name, func(t *testing.T) {
-			b := newBlocking(nothing, hello)
-			server := &http.Server{Handler: routes{"/": hello, "/blocking": b}}
-			drainer := httpdrain.New(server)
-			l := tcptest.Listen(t)
-			go server.Serve(newTagging(l, int64(idle)))
-			for range idle {
-				c := httpclient.Dial(t, l.Addr().String(), nil)
-				c.Get(t, "/")
-				c.Response(t)
+			s := newService(t, tcptest.Listen(t), serverConfig, http.HandlerFunc(
+				func(w http.ResponseWriter, r *http.Request) {
+					fmt.Fprint(w, r.Proto, " ", r.TLS.DidResume, " ", len(r.TLS.PeerCertificates))
+				}))
+			s.server.TLSConfig = serverConfig
+			s.start(t)
+			clientConfig := httpclient.ClientTLS(config)
+			clientConfig.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+			clientConfig.Certificates = []tls.Certificate{cert}
+			for _, want := range []string{"false", "true"} {
+				client := &http.Client{Transport: &http.Transport{
+					TLSClientConfig: clientConfig, ForceAttemptHTTP2: true,
+				}}
+				body, err := httpclient.Post(client, s.url(), "")
+				require.NoError(t, err)
+				client.CloseIdleConnections()
+				peers := 0
+				if serverConfig.ClientAuth != 0 {
+					peers = 1
+				}
+				assert.Equal(t, fmt.Sprint("HTTP/2.0 ", want, " ", peers), body)
 			}
-			c := httpclient.Dial(t, l.Addr().String(), nil)
-			c.Get(t, "/blocking")
-			b.awaitEntered(t)
-			defer close(b.release)
-			ctx, cancel := context.WithCancel(context.Background())
-			cancel()
-			err := drainer.Drain(ctx)
-			assert.ErrorIs(t, err, context.Canceled)
-			assert.ErrorContains(t, err, "httpdrain: requests in flight aborted")
-			c.RequireClosed(t)
+			assert.Empty(t, serverConfig.NextProtos, "the configuration was changed")
+		})
+	}
+}
+
+// A server that serves both gets HTTP/2, no matter which is first.
+func TestServeTLSServesHTTP2AfterServe(t *testing.T) {
+	s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
+	plain := listen(t, tcptest.Listen(t))
+	go s.drainer.Serve(context.Background(), plain)
+	c := httpclient.Dial(t, plain.Addr().String(), nil)
+	c.Get(t, "/")
+	c.Response(t)
+	s.start(t)
+	resp, err := httpclient.NewClient(s.config, true, true).Get(s.url())
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	assert.Equal(t, 2, resp.ProtoMajor)
+}
+
+func TestHTTP2CanBeDisabled(t *testing.T) {
+	for name, disable := range map[string]func(*testing.T, *http.Server){
+		"GODEBUG": func(t *testing.T, _ *http.Server) { t.Setenv("GODEBUG", "http2server=0") },
+		"TLSNextProto": func(_ *testing.T, server *http.Server) {
+			server.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
+			disable(t, s.server)
+			s.start(t)
+			resp, err := httpclient.NewClient(s.config, true, true).Get(s.url())
+			require.NoError(t, err)
+			defer resp.Body.Close()
+			assert.Equal(t, 1, resp.ProtoMajor)
 		})
 	}
 }
@@ -971,31 +1112,30 @@ func TestDrainAbortsRequestsThatItDoesNotKnowWhenTheContextIsDone(t *testing.T) 
 func TestExampleAcceptsUntilTheDelayIsOver(t *testing.T) {
 	tcptest.SkipIfShort(t, "takes five seconds")
 	t.Parallel()
+	l := tcptest.Listen(t)
+	require.NoError(t, l.Close())
+	addr := l.Addr().String()
+	_, port, _ := net.SplitHostPort(addr)
 	cmd := exec.Command(proctest.Self(t))
-	cmd.Env = append(os.Environ(), "PORT=0")
+	cmd.Env = append(os.Environ(), "PORT="+port)
 	p := proctest.Start(t, cmd)
-	var url string
-	tcptest.Await(t, "address in the log", func() bool {
-		_, port, found := strings.Cut(p.Errors(t), "serving on [::]:")
-		url = "http://127.0.0.1:" + strings.TrimSpace(port)
-		return found && strings.HasSuffix(port, "\n")
-	})
 	client := httpclient.NewClient(nil, false, false)
-	status := func() int {
-		resp, err := client.Get(url + "/ready")
-		require.NoError(t, err)
-		defer resp.Body.Close()
-		return resp.StatusCode
+	awaitStatus := func(want int) {
+		tcptest.Await(t, fmt.Sprint("status ", want, " of the readiness probe"), func() bool {
+			resp, err := client.Get("http://" + addr + "/ready")
+			if err != nil {
+				return false // not listening yet
+			}
+			defer resp.Body.Close()
+			return resp.StatusCode == want
+		})
 	}
-	require.Equal(t, http.StatusOK, status())
+	awaitStatus(http.StatusOK)
 	proctest.Signal(t, p.Process, os.Interrupt)
-	tcptest.Await(t, "failure of the readiness probe", func() bool {
-		return status() == http.StatusServiceUnavailable
-	})
-	c := httpclient.Dial(t, strings.TrimPrefix(url, "http://"), nil)
+	awaitStatus(http.StatusServiceUnavailable)
+	c := httpclient.Dial(t, addr, nil)
 	c.Get(t, "/")
 	c.RequireLastResponse(t, "Hello\n")
 	p.RequireStatus(t, 0)
-	_, err := client.Get(url)
-	assert.True(t, tcptest.IsRefused(err), "the server is still there: %v", err)
+	tcptest.RequireRefused(t, l)
 }

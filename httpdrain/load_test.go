@@ -14,70 +14,175 @@ import (
 
 	"github.com/stretchr/testify/assert"
 
+	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-// A client is a kind of client of a load.
-type client struct {
+// A kind of clients of a load, and of their server.
+type kind struct {
 	tls, http2, keepAlive bool
+	shared                bool // the clients share one HTTP/2 connection, far from the server
+	h2c                   func(*http.Server, *http.Transport)
 }
 
-func TestDrainFailsNoRequestUnderLoad(t *testing.T) {
+func (k kind) config() *tls.Config {
+	if k.tls {
+		return httpclient.ServerTLS()
+	}
+	return nil
+}
+
+// newServer returns a server that responds with the body of the request.
+func (k kind) newServer(config *tls.Config, handled func()) *http.Server {
+	server := &http.Server{
+		TLSConfig: config.Clone(),
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			handled()
+			_, _ = io.Copy(w, r.Body)
+		}),
+	}
+	if k.h2c != nil {
+		k.h2c(server, new(http.Transport))
+	}
+	return server
+}
+
+type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// clients returns a function that returns the clients, which pause before each request.
+func (k kind) clients(config *tls.Config, pause time.Duration, dial dialFunc) func() *http.Client {
+	newClient := func() *http.Client {
+		client := httpclient.NewClient(config, k.http2, k.keepAlive)
+		transport := client.Transport.(*http.Transport)
+		if k.h2c != nil {
+			k.h2c(new(http.Server), transport)
+		}
+		if dial != nil {
+			transport.DialContext = dial
+		}
+		client.Transport = paced{transport, pause}
+		return client
+	}
+	if k.shared {
+		client := newClient()
+		return func() *http.Client { return client }
+	}
+	return newClient
+}
+
+// dialFar connects to a server on a long path.
+func dialFar(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	return delayConn(conn), nil
+}
+
+// A running server stops when stop is called, which returns when its accept loop has returned.
+// Then wait returns when the shutdown is over.
+type running struct {
+	stop func()
+	wait func() error
+}
+
+// A startFunc starts a server of l; delay is how long a load balancer needs.
+type startFunc func(t testing.TB, server *http.Server, l *serviceListener, delay time.Duration) running
+
+// drains starts a server that a Drainer shuts down.
+func drains(t testing.TB, server *http.Server, l *serviceListener, _ time.Duration) running {
+	d := httpdrain.New(server)
+	d.Grace, d.Timeout = 2*tcptest.Patience, 3*tcptest.Patience
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	return serve(server, d, ctx, cancel, l)
+}
+
+func serve(server *http.Server, d *httpdrain.Drainer, ctx context.Context, cancel func(), l *serviceListener) running {
+	served := make(chan error, 1)
+	go func() {
+		if server.TLSConfig == nil {
+			served <- d.Serve(ctx, l)
+		} else {
+			served <- d.ServeTLS(ctx, l, "", "")
+		}
+	}()
+	return running{
+		stop: func() { cancel(); <-l.closed },
+		wait: func() error { return <-served },
+	}
+}
+
+// shutsDown starts a server that Shutdown shuts down.
+func shutsDown(t testing.TB, server *http.Server, l *serviceListener, delay time.Duration) running {
+	go func() {
+		if server.TLSConfig == nil {
+			_ = server.Serve(l)
+		} else {
+			_ = server.ServeTLS(l, "", "")
+		}
+	}()
+	return running{
+		stop: func() { time.Sleep(delay); l.Stop(); <-l.closed },
+		wait: func() error { return server.Shutdown(context.Background()) },
+	}
+}
+
+func TestServeFailsNoRequestUnderLoad(t *testing.T) {
 	t.Parallel()
-	for name, tt := range map[string]struct {
-		client
-		servers int
-	}{
-		"new connections": {client{}, 80},
-		"keep-alive":      {client{keepAlive: true}, 80},
-		"TLS":             {client{tls: true, keepAlive: true}, 20}, // most of it for handshakes
-		"HTTP/2":          {client{tls: true, http2: true, keepAlive: true}, 20},
-	} {
+	for name, tt := range kinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			load := drainUnderLoad(t, tt.client, tcptest.Rounds(tt.servers),
-				func(s *service, ctx context.Context) error { return s.drainer.Drain(ctx) })
+			load := drainUnderLoad(t, tt.kind, tcptest.Rounds(tt.servers), drains)
 			load.RequireNoneFailed(t)
 		})
 	}
 }
 
+var kinds = map[string]struct {
+	kind
+	servers int
+}{
+	"new connections": {kind{}, 50},
+	"keep-alive":      {kind{keepAlive: true}, 50},
+	"TLS":             {kind{tls: true, keepAlive: true}, 10}, // most of it for handshakes
+	"HTTP/2":          {kind{tls: true, http2: true, keepAlive: true}, 10},
+}
+
 // drainUnderLoad serves one socket with one server after another, each of which is shut down
 // while clients post without pause.
 func drainUnderLoad(
-	t testing.TB, c client, servers int, shutdown func(*service, context.Context) error,
+	t testing.TB, k kind, servers int,
+	start startFunc,
 ) *httpload.Load {
-	const clients, perServer = 8, 60
+	clients, perServer := 8, int64(60)
 	l := tcptest.Listen(t)
-	var config *tls.Config
+	config := k.config()
 	url := "http://" + l.Addr().String()
-	if c.tls {
-		config = httpclient.ServerTLS()
+	if k.tls {
 		url = "https://" + l.Addr().String()
 	}
-	load := httpload.Start(t, url, clients, httpload.Echo, func() *http.Client {
-		return httpclient.NewClient(config, c.http2, c.keepAlive)
-	})
+	var dial dialFunc
+	if k.shared {
+		clients, perServer = 32, 320
+		dial = dialFar
+	}
+	load := httpload.Start(t, url, clients, httpload.Echo, k.clients(config, 0, dial))
 	var shutdowns sync.WaitGroup
 	for n := range servers + 1 {
 		handled, enough := tcptest.Countdown(perServer)
-		s := startService(t, l, config, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			handled()
-			_, _ = io.Copy(w, r.Body)
-		}))
+		server := start(t, k.newServer(config, handled), listen(t, l), 0)
 		tcptest.Receive(t, enough, "requests")
 		if n == servers {
 			load.Stop() // no other server comes
 		}
-		s.stop(t)
+		server.stop()
 		shutdowns.Add(1)
 		go func() {
 			defer shutdowns.Done()
-			ctx, cancel := context.WithTimeout(context.Background(), 3*tcptest.Patience)
-			defer cancel()
-			assert.NoError(t, shutdown(s, ctx))
+			assert.NoError(t, server.wait())
 		}()
 	}
 	shutdowns.Wait()
@@ -97,72 +202,82 @@ const (
 func TestRollingUpdateFailsNoRequest(t *testing.T) {
 	tcptest.SkipIfShort(t, "takes some seconds")
 	t.Parallel()
-	for name, http2 := range map[string]bool{"HTTP/1": false, "HTTP/2": true} {
+	for name, k := range rollingKinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for _, load := range rollingUpdate(t, http2, inDocumentedOrder) {
+			for _, load := range rollingUpdate(t, k, drainsAfterDelay) {
 				load.RequireNoneFailed(t)
 			}
 		})
 	}
 }
 
-// inDocumentedOrder is the order of section "Load balancers". The caller has stopped the probe.
-func inDocumentedOrder(t testing.TB, s *service) {
-	s.drainer.DisableKeepAlives()
-	time.Sleep(rollingDelay)
-	s.sl.Drain()
-	tcptest.RequireStoppedError(t, tcptest.Receive(t, s.served, "return of Serve"))
-	assert.NoError(t, s.sl.Close())
-	ctx, cancel := context.WithTimeout(context.Background(), tcptest.Patience)
-	defer cancel()
-	assert.NoError(t, s.drainer.Drain(ctx))
+var rollingKinds = map[string]kind{
+	"HTTP/1": {keepAlive: true},
+	"HTTP/2": {keepAlive: true, http2: true, tls: true},
+}
+
+// drainsAfterDelay starts a server that a Drainer shuts down, as section "Load balancers" says.
+func drainsAfterDelay(t testing.TB, server *http.Server, l *serviceListener, delay time.Duration) running {
+	d := httpdrain.New(server)
+	d.Grace, d.Delay = rollingGrace, delay
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	return serve(server, d, ctx, cancel, l)
 }
 
 // rollingUpdate replaces three instances under load, one after the other.
 func rollingUpdate(
-	t testing.TB, http2 bool, shutDown func(testing.TB, *service),
+	t testing.TB, k kind,
+	startServer startFunc,
 ) (loads []*httpload.Load) {
-	var config *tls.Config
+	config := k.config()
 	url := "http://balancer"
-	if http2 {
-		config = httpclient.ServerTLS()
+	if k.tls {
 		url = "https://balancer"
 	}
+	type instance struct {
+		running
+		l *serviceListener
+	}
 	noticing, retrying := new(balancer), &balancer{retries: true}
-	start := func() *service {
-		s := startService(t, tcptest.Listen(t), config, http.HandlerFunc(
-			func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
-		s.drainer.Grace = rollingGrace
-		noticing.add(s.sl.Addr().String())
-		retrying.add(s.sl.Addr().String())
-		return s
+	start := func() instance {
+		l := listen(t, tcptest.Listen(t))
+		l.drain = l.StoppableListener.Drain
+		s := startServer(t, k.newServer(config, func() {}), l, rollingDelay)
+		noticing.add(l.Addr().String())
+		retrying.add(l.Addr().String())
+		return instance{s, l}
 	}
-	running := []*service{start(), start(), start()}
+	instances := []instance{start(), start(), start()}
 
-	load := func(b *balancer, clients int, keepAlive bool, pause time.Duration) {
-		loads = append(loads, httpload.Start(t, url, clients, httpload.Echo, func() *http.Client {
-			client := httpclient.NewClient(config, http2, keepAlive)
-			transport := client.Transport.(*http.Transport)
-			transport.DialContext = b.dial
-			client.Transport = paced{transport, pause}
-			return client
-		}))
+	load := func(b *balancer, clients int, k kind, pause time.Duration) {
+		newClient := k.clients(config, pause, b.dial)
+		loads = append(loads, httpload.Start(t, url, clients, httpload.Echo, newClient))
 	}
-	load(noticing, 8, true, 0)
-	if !http2 {
-		load(noticing, 4, false, 0)
-		load(noticing, 200, true, slowInterval) // so many that some send when it matters
-		if tcptest.RefusesAfterDrain() {        // otherwise, they lose what is in the accept queue
-			load(retrying, 16, false, 0)
+	switch {
+	case k.shared:
+		for range 3 {
+			load(noticing, 16, k, 0)
+		}
+	case k.http2:
+		load(noticing, 8, k, 0)
+	default:
+		load(noticing, 8, k, 0)
+		load(noticing, 4, kind{}, 0)
+		load(noticing, 200, k, slowInterval) // so many that some send when it matters
+		if tcptest.RefusesAfterDrain() {     // otherwise, they lose what is in the accept queue
+			load(retrying, 16, kind{}, 0)
 		}
 	}
-	for _, s := range running {
+	for _, s := range instances {
 		loads[0].AwaitRequests(t, 100)
 		start()
-		addr := s.sl.Addr().String()
+		addr := s.l.Addr().String()
 		notice := time.AfterFunc(rollingDelay/2, func() { noticing.remove(addr) })
-		shutDown(t, s)
+		s.stop()
+		assert.NoError(t, s.l.StoppableListener.Close())
+		assert.NoError(t, s.wait())
 		notice.Stop()
 		noticing.remove(addr)
 	}

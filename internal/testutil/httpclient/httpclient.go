@@ -8,12 +8,15 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,6 +37,12 @@ func Dial(t testing.TB, addr string, config *tls.Config) *Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
 	require.NoError(t, err)
+	return On(t, conn, config)
+}
+
+// On returns a client on conn, with TLS if config is not nil, until the test ends.
+func On(t testing.TB, conn net.Conn, config *tls.Config) *Conn {
+	t.Helper()
 	t.Cleanup(func() { conn.Close() })
 	require.NoError(t, conn.SetDeadline(time.Now().Add(2*tcptest.Patience)))
 	if config != nil {
@@ -134,10 +143,26 @@ func NewClient(server *tls.Config, http2, keepAlive bool) *http.Client {
 	}}
 }
 
-// Post posts body and returns the body of the response. The client cannot read the body twice,
-// so it cannot send the request again if the server closes the connection.
+// Post posts body and returns the body of the response. The client may send the request on another
+// connection only if it has not sent its header yet. (Before it does, a Transport may learn that
+// it cannot use an HTTP/2 connection, and closes the body all the same.)
 func Post(client *http.Client, url, body string) (string, error) {
-	resp, err := client.Post(url, "text/plain", struct{ io.Reader }{strings.NewReader(body)})
+	var sent atomic.Bool
+	trace := &httptrace.ClientTrace{WroteHeaders: func() { sent.Store(true) }}
+	ctx := httptrace.WithClientTrace(context.Background(), trace)
+	newBody := func() io.ReadCloser { return io.NopCloser(struct{ io.Reader }{strings.NewReader(body)}) }
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, newBody())
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Content-Type", "text/plain")
+	req.GetBody = func() (io.ReadCloser, error) {
+		if sent.Load() {
+			return nil, errors.New("the request was sent, and failed")
+		}
+		return newBody(), nil
+	}
+	resp, err := client.Do(req)
 	if err != nil {
 		return "", err
 	}

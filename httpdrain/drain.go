@@ -1,0 +1,221 @@
+package httpdrain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/c2db162c/stoppablelistener/internal/replaced"
+)
+
+const (
+	// tick is how long the drain waits before it looks whether the process was suspended.
+	tick = 50 * time.Millisecond
+
+	// maxLooks is how many ticks it waits at most after a time is over. Otherwise, a process
+	// that is throttled all the time, and so seems to be suspended, would wait forever.
+	maxLooks = 100
+)
+
+// A drain is the graceful shutdown of a server: its state, and what it waits for.
+type drain struct {
+	delay, grace, timeout time.Duration
+	server                *http.Server
+	conns                 *conns
+
+	stopping atomic.Bool   // a context is done: the drain has started
+	done     chan struct{} // no values sent; closed when the drain is over
+	err      error         // set before done is closed
+
+	mu          sync.Mutex // guards the fields below
+	acceptLoops map[*acceptLoop]struct{}
+	draining    bool // the listeners' Drain is called
+	shutdown    bool // the server's Shutdown is called
+
+	// Only the goroutine of run uses these.
+	deadline  time.Time // the end of timeout
+	suspended bool      // the process was, and may not have handled all that came meanwhile
+}
+
+// add adds an accept loop that is about to start. It returns false if the server is shut down.
+func (d *drain) add(a *acceptLoop) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.shutdown {
+		return false
+	}
+	d.acceptLoops[a] = struct{}{}
+	if d.draining {
+		go a.listener.Drain()
+	}
+	return true
+}
+
+// remove removes an accept loop that has returned err. It reports whether that was the drain's
+// doing.
+func (d *drain) remove(a *acceptLoop, err error) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.acceptLoops, a)
+	d.conns.signal()
+	if err == http.ErrServerClosed {
+		return d.shutdown // or other code has shut down the server
+	}
+	return d.draining
+}
+
+func (d *drain) noAcceptLoop() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.acceptLoops) == 0
+}
+
+func (d *drain) noConn() bool { return d.conns.open.Load() == 0 }
+
+func (d *drain) noNewlyIdleConn() bool { return d.conns.newlyIdle.Load() == 0 }
+
+// start shuts down the server, if that has not been started. The cause is that of the context.
+func (d *drain) start(cause error) {
+	if d.stopping.Swap(true) {
+		return
+	}
+	if d.needed() && !errors.Is(cause, replaced.Err) {
+		time.Sleep(d.delay)
+	}
+	d.drainListeners()
+	d.conns.drain()
+	if d.timeout <= 0 {
+		d.timeout = math.MaxInt64
+	}
+	d.deadline = time.Now().Add(d.timeout)
+	d.awaitAcceptLoops()
+	d.awaitConns()
+	for !d.startShutdown() { // another Serve was called
+		d.awaitAcceptLoops()
+		d.awaitConns()
+	}
+	d.shutDown()
+	close(d.done)
+}
+
+// needed reports whether a load balancer may know the server.
+func (d *drain) needed() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for a := range d.acceptLoops {
+		if a.needed {
+			return true
+		}
+	}
+	return false
+}
+
+// drainListeners calls Drain of each listener at the same time, because it may take a second.
+func (d *drain) drainListeners() {
+	var drained sync.WaitGroup
+	defer drained.Wait()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.draining = true
+	for a := range d.acceptLoops {
+		drained.Add(1)
+		go func() {
+			defer drained.Done()
+			a.listener.Drain()
+		}()
+	}
+}
+
+// awaitAcceptLoops waits until the accept loops have returned. If that takes longer than the grace
+// period, Accept may be blocked in a wrapper that waits until a connection is closed.
+func (d *drain) awaitAcceptLoops() {
+	grace := max(d.grace, tick)
+	for !d.wait(time.Now().Add(grace), d.noAcceptLoop) && time.Now().Before(d.deadline) {
+		d.server.SetKeepAlivesEnabled(false)
+		d.conns.closeIdle()
+		d.conns.closeUnused(time.Now().Add(-grace))
+	}
+}
+
+// awaitConns waits until the connections are closed, or the grace period is over.
+func (d *drain) awaitConns() {
+	if d.wait(time.Now().Add(d.grace), d.noConn) {
+		return
+	}
+	d.wait(d.conns.lastNewlyIdle().Add(d.grace), d.noNewlyIdleConn)
+}
+
+// startShutdown reports whether Shutdown may be called: no accept loop is running, or it is too
+// late to wait for it.
+func (d *drain) startShutdown() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.shutdown = len(d.acceptLoops) == 0 || !time.Now().Before(d.deadline)
+	return d.shutdown
+}
+
+// shutDown closes the connections, those with a request in flight after that.
+func (d *drain) shutDown() {
+	// Shutdown waits for accept loops, whatever its context is, and so does Close.
+	expired, cancel := context.WithCancel(context.Background())
+	cancel()
+	var called atomic.Bool
+	go func() {
+		_ = d.server.Shutdown(expired)
+		called.Store(true)
+		d.conns.signal()
+	}()
+	d.wait(d.deadline, called.Load)
+	d.conns.closeUnused(time.Now())
+	d.conns.closeAfterGoAway()
+	if d.wait(d.deadline, d.noConn) {
+		return
+	}
+	if requests := d.conns.abort(); requests > 0 {
+		d.err = fmt.Errorf("httpdrain: requests aborted: %d: %w", requests, context.DeadlineExceeded)
+	}
+}
+
+// wait waits until done returns true, and returns false if the end or the deadline comes before.
+//
+// That a time is over proves nothing: the process may have been suspended, and what it waits for
+// may be there. So wait goes on until all that came meanwhile has been handled.
+func (d *drain) wait(end time.Time, done func() bool) bool {
+	if d.deadline.Before(end) {
+		end = d.deadline
+	}
+	for looks := 0; !done(); {
+		left := time.Until(end)
+		if left <= 0 {
+			if !d.suspended || looks == maxLooks {
+				return false
+			}
+			looks++
+			left = tick
+		}
+		d.waitTick(min(left, tick))
+	}
+	return true
+}
+
+// waitTick waits for a change of conns, but no longer than dur.
+func (d *drain) waitTick(dur time.Duration) {
+	start, changes := time.Now(), d.conns.changes.Load()
+	timer := time.NewTimer(dur)
+	defer timer.Stop()
+	select {
+	case <-d.conns.changed:
+	case <-timer.C:
+		if dur == tick && d.conns.changes.Load() == changes {
+			d.suspended = false
+		}
+	}
+	if time.Since(start) > dur+tick {
+		d.suspended = true
+	}
+}
