@@ -14,7 +14,7 @@ type conns struct {
 	all  sync.Map     // net.Conn to *connection
 	open atomic.Int64 // number of connections in all
 
-	draining  atomic.Bool  // the fields below count from now on
+	draining  atomic.Bool  // the fields below count from now on; also read by each goAwayWriter
 	newlyIdle atomic.Int64 // connections that have become idle, and are so
 	changes   atomic.Int64 // number of state changes
 	shutdown  atomic.Bool  // idle connections are to be closed
@@ -30,9 +30,10 @@ type conns struct {
 // A connection is what is known about an open connection.
 type connection struct {
 	accepted time.Time
-	state    atomic.Int32 // the last http.ConnState
-	changes  atomic.Int64 // of state since draining; counted after each
-	isNew    bool         // it is one of newlyIdle; only setState uses it
+	goAway   *goAwayWriter // nil if the connection cannot send two GOAWAYs
+	state    atomic.Int32  // the last http.ConnState
+	changes  atomic.Int64  // of state since draining; counted after each
+	isNew    bool          // it is one of newlyIdle; only setState uses it
 
 	http2    atomic.Bool  // a handler has been called for an HTTP/2 request
 	inFlight atomic.Int64 // HTTP/2 requests whose handler has not returned
@@ -55,6 +56,9 @@ func (c *connection) requestsInFlight() int64 {
 // add adds a connection that has just been accepted.
 func (cs *conns) add(conn net.Conn) *connection {
 	c := &connection{accepted: time.Now()}
+	if wrapped, ok := conn.(interface{ goAwayWriter() *goAwayWriter }); ok {
+		c.goAway = wrapped.goAwayWriter()
+	}
 	cs.all.Store(conn, c)
 	cs.open.Add(1)
 	return c
@@ -124,8 +128,16 @@ func (cs *conns) each(f func(net.Conn, *connection)) {
 	})
 }
 
-// drain starts to count.
-func (cs *conns) drain() { cs.draining.Store(true) }
+// drain makes the connections send their first GOAWAY, those that are idle at once. It does not
+// write itself, because a client may not read.
+func (cs *conns) drain() {
+	cs.draining.Store(true)
+	cs.each(func(_ net.Conn, c *connection) {
+		if c.goAway != nil {
+			go c.goAway.sendIfIdle()
+		}
+	})
+}
 
 // closeUnused closes the connections that have not sent a request and were accepted before t.
 func (cs *conns) closeUnused(t time.Time) {

@@ -2,6 +2,7 @@ package httpdrain
 
 import (
 	"crypto/tls"
+	"net"
 	"net/http"
 	"slices"
 )
@@ -9,19 +10,28 @@ import (
 // protocols are those that a server serves.
 type protocols struct {
 	http1, http2 bool // over TLS
+	h2c          bool // HTTP/2 without TLS
+
+	// Two GOAWAYs are sent without TLS, and over TLS. That needs the HTTP/2 of package http, not
+	// that of x/net, and a version of Go that serves HTTP/2 on connections of another type.
+	wrapTCP, wrapTLS bool
 }
 
 // setUpHTTP2 makes server serve HTTP/2 in each Serve, if that is not disabled, as it does in
 // ServeTLS. Otherwise, the first Serve would decide that for all, and not do so if TLSConfig is
 // set and does not list "h2".
 func setUpHTTP2(server *http.Server) protocols {
+	ofPackageHTTP := server.TLSNextProto == nil
 	server.TLSConfig = server.TLSConfig.Clone() // the server changes it
 	// ServeTLS fails, because there is no such file, after it has set up HTTP/2, or with the error
 	// that each Serve will return.
 	_ = server.ServeTLS(nil, "\x00", "\x00")
 	p := protocols{http1: true}
 	_, p.http2 = server.TLSNextProto["h2"]
+	ofPackageHTTP = ofPackageHTTP && p.http2
 	p.restrict(server)
+	p.wrapTCP = ofPackageHTTP && p.h2c
+	p.wrapTLS = ofPackageHTTP && p.http2 && servesHTTP2OnAnyTLSConn
 	return p
 }
 
@@ -54,4 +64,24 @@ func setProto(protos []string, proto string, enabled bool) []string {
 		return slices.DeleteFunc(protos, func(p string) bool { return p == proto })
 	}
 	return protos
+}
+
+// wrap returns a connection that sends two GOAWAYs, if conn may become HTTP/2.
+func (p *protocols) wrap(conn net.Conn, cs *conns) net.Conn {
+	switch c := conn.(type) {
+	case *tls.Conn:
+		if p.wrapTLS {
+			return &tlsConn{c, newGoAwayWriter(c, &cs.draining)}
+		}
+	case interface{ ConnectionState() tls.ConnectionState }: // of another package
+	case *net.TCPConn:
+		if p.wrapTCP {
+			return &tcpConn{c, newGoAwayWriter(c, &cs.draining)}
+		}
+	default:
+		if p.wrapTCP {
+			return &wrappedConn{conn, newGoAwayWriter(conn, &cs.draining)}
+		}
+	}
+	return conn
 }

@@ -11,8 +11,9 @@
 // connections at once, even if a client has just sent a request on one; since Go 1.25 also
 // connections that were accepted but not yet read from (golang/go#75591). A [Drainer] serves the
 // accept queue, while new connections are refused (on Linux), and keeps serving the open
-// connections for a grace period. Its responses carry Connection: close, or come with GOAWAY
-// (HTTP/2), so that clients open new connections for their next requests.
+// connections for a grace period. Its responses carry Connection: close, and HTTP/2 connections
+// get GOAWAY twice, as RFC 9113, section 6.8 says, so that clients open new connections for their
+// next requests, elsewhere, and their requests in flight are served.
 //
 // Behind a load balancer, which notices only after some time that an instance is being stopped,
 // set [Drainer.Delay]. The package example does that.
@@ -45,9 +46,11 @@
 //     also a request whose header takes longer than the grace period, one that was pipelined, and
 //     one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
 //   - TLS: on a connection whose handshake and first request take longer than the grace period.
-//   - HTTP/2: a request that was sent before GOAWAY was received, of a client that sends several at
-//     a time; also the end of a response that a client has not read a second after its handler has
-//     returned.
+//   - HTTP/2 over TLS before Go 1.27, with x/net/http2.ConfigureServer, or with TLSNextProto: a
+//     request that was sent before GOAWAY was received, of a client that sends several at a time.
+//   - HTTP/2: on a connection on which the client does not read GOAWAY within the grace period, or
+//     had no response before its end; also the end of a response that a client has not read a
+//     second after its handler has returned.
 package httpdrain
 
 import (
@@ -139,7 +142,8 @@ type Listener interface {
 //   - HTTP/1 responses carry Connection: close from now on.
 //   - For Delay, everything else goes on. If package restart has replaced the process, Delay is
 //     skipped, since the new one serves.
-//   - Serve calls l.Drain.
+//   - Serve calls l.Drain. HTTP/2 connections get their first GOAWAY: idle ones at once, one that
+//     has had no response yet after the header of the first.
 //   - The accept loop returns, when the connections in the accept queue have been accepted.
 //   - Open connections are served for Grace, or until they are closed.
 //   - Serve calls Shutdown, which calls the functions registered with RegisterOnShutdown, closes
@@ -163,7 +167,8 @@ type Listener interface {
 // Serve closes the connections that are idle or unused, to make room, and again each Grace.
 // Timeout bounds this too.
 //
-// If l returns connections that cannot be map keys, hooks and Hijack get a pointer to them.
+// If l returns a type of its own, or the server serves unencrypted HTTP/2, or TLS since Go 1.27,
+// hooks and Hijack may get a wrapper of a connection. It has a method NetConn, as [*tls.Conn] has.
 func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 	d.startOnce.Do(d.start)
 	return d.serve(ctx, l, l)
@@ -237,7 +242,7 @@ func (d *Drainer) start() {
 			if c, ok := r.Context().Value(d).(*connection); ok {
 				c.http2.Store(true)
 				defer c.inFlight.Add(-1)
-				if c.inFlight.Add(1) == 1 && d.conns.draining.Load() {
+				if c.inFlight.Add(1) == 1 && c.goAway == nil && d.conns.draining.Load() {
 					w.Header().Set("Connection", "close") // package http sends GOAWAY instead
 				}
 			}
@@ -287,7 +292,7 @@ func (a *acceptLoop) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return asKey(conn), nil
+	return a.drainer.protocols.wrap(asKey(conn), &a.drainer.conns), nil
 }
 
 // serve serves l. Its connections come from accepted.

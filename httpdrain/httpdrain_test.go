@@ -1,4 +1,5 @@
-// The tests of this file are the promises of the doc comments. Load is in load_test.go.
+// The tests of this file are the promises of the doc comments. Load is in load_test.go, HTTP/2 in
+// http2_test.go.
 package httpdrain_test
 
 import (
@@ -591,7 +592,7 @@ func TestEverythingGoesOnForDelay(t *testing.T) {
 	t.Parallel()
 	eachProtocol(t, func(t *testing.T, config *tls.Config) {
 		s := newService(t, tcptest.Listen(t), config, hello)
-		s.drainer.Delay = 2 * time.Second
+		s.drainer.Delay = time.Second
 		s.start(t)
 		idle := s.get(t, "/")
 		idle.Response(t)
@@ -998,7 +999,9 @@ func TestServeMakesRoomInAFullListener(t *testing.T) {
 			s.stop()
 			s.requireDrained(t)
 			took := time.Since(start)
-			assert.GreaterOrEqual(t, took, grace, "closed before the end of Grace")
+			if name != "of idle HTTP/2 connections" { // which clients may close when they get GOAWAY
+				assert.GreaterOrEqual(t, took, grace, "closed before the end of Grace")
+			}
 			assert.Less(t, took, 4*grace)
 			waiting.Wait()
 		})
