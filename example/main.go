@@ -10,7 +10,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
@@ -29,7 +28,7 @@ func main() {
 }
 
 func serve(ctx context.Context, p *restart.Process, addr string, timeout time.Duration) error {
-	sl, err := p.Listen("tcp", addr)
+	l, err := p.Listen("tcp", addr)
 	if err != nil {
 		return err
 	}
@@ -37,30 +36,26 @@ func serve(ctx context.Context, p *restart.Process, addr string, timeout time.Du
 		Handler:           http.HandlerFunc(hello),
 		ReadHeaderTimeout: 10 * time.Second,
 	}
-	drainer := httpdrain.New(server)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(sl) }()
 	fmt.Println("Serving HTTP")
 	p.Ready()
+	drainer := httpdrain.New(server)
+	drainer.Timeout = timeout
+	return drainer.Serve(ctx, listener{l, ctx})
+}
 
-	select {
-	case <-ctx.Done():
-	case err := <-served:
-		return err
-	}
+// A listener reports that it is drained.
+type listener struct {
+	*restart.Listener
+	ctx context.Context
+}
+
+func (l listener) Drain() {
 	// These lines, and that above, are the output of the program in the article
 	// "Stopping a listening HTTP Server in Go" (Eric Urban, 2014).
-	fmt.Printf("Got signal:%v\n", context.Cause(ctx))
+	fmt.Printf("Got signal:%v\n", context.Cause(l.ctx))
 	fmt.Println("Stopping listener")
-	drainer.DisableKeepAlives()
-	sl.Drain()
+	l.Listener.Drain()
 	fmt.Println("Waiting on server")
-	if err := <-served; err != stoppablelistener.StoppedError {
-		return err
-	}
-	drainCtx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	return drainer.Drain(drainCtx)
 }
 
 func hello(w http.ResponseWriter, _ *http.Request) {

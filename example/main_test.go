@@ -120,7 +120,7 @@ func TestRequestsInFlightAreAbortedAfterTheTimeout(t *testing.T) {
 	requireStopping(t, p, os.Interrupt)
 	inFlight.AwaitClosed(t)
 	p.RequireStatus(t, 1)
-	want := "httpdrain: requests in flight aborted: context deadline exceeded\n"
+	want := "httpdrain: requests aborted: 1: context deadline exceeded\n"
 	assert.Equal(t, want, p.Errors(t))
 }
 

@@ -4,9 +4,7 @@ import (
 	"context"
 	"log"
 	"net/http"
-	"time"
 
-	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
@@ -20,24 +18,11 @@ func ExampleRun() {
 }
 
 func serve(ctx context.Context, p *restart.Process) error {
-	sl, err := p.Listen("tcp", "localhost:8080")
+	l, err := p.Listen("tcp", "localhost:8080")
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: http.NotFoundHandler()}
-	drainer := httpdrain.New(server)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(sl) }()
 	p.Ready()
-
-	context.AfterFunc(ctx, func() {
-		drainer.DisableKeepAlives()
-		sl.Drain()
-	})
-	if err := <-served; err != stoppablelistener.StoppedError {
-		return err
-	}
-	drainCtx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	return drainer.Drain(drainCtx)
+	server := &http.Server{Handler: http.NotFoundHandler()}
+	return httpdrain.New(server).Serve(ctx, l)
 }

@@ -193,10 +193,18 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		in.listeners = append(in.listeners, sl)
 		line += " " + sl.Addr().String()
 	}
-	served := make(chan error)
+	served, drained := make(chan error), make(chan struct{}, 2*len(in.listeners))
 	for _, sl := range in.listeners {
-		context.AfterFunc(ctx, sl.Drain)
-		go func() { served <- server.Serve(sl) }()
+		if in.has(shutsDown) {
+			context.AfterFunc(ctx, sl.Drain)
+			go func() { served <- server.Serve(sl) }()
+		} else {
+			go func() {
+				err := drainer.Serve(ctx, reporting{sl, drained})
+				drained <- struct{}{} // if the test has called Drain, Serve has not
+				served <- err
+			}()
+		}
 	}
 	if in.has(isEarly) {
 		fmt.Println(in.name, "waits")
@@ -218,6 +226,10 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		fmt.Println(in.name, "is done")
 	}
 	for _, sl := range in.listeners {
+		if !in.has(shutsDown) {
+			<-drained
+			continue
+		}
 		sl.Drain() // once more, perhaps at the same time
 		if err := <-served; err != stoppablelistener.StoppedError {
 			return err
@@ -228,15 +240,31 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		how = "replaced:"
 	}
 	fmt.Println(in.name, how, context.Cause(ctx))
-	drain := drainer.Drain
+	var err error
 	if in.has(shutsDown) {
-		drain = server.Shutdown
+		err = server.Shutdown(context.Background())
+	} else {
+		for range in.listeners {
+			if e := <-served; e != stoppablelistener.StoppedError { // the test has called Drain before
+				err = errors.Join(err, e)
+			}
+		}
 	}
-	err := drain(context.Background())
 	if in.has(fails) {
 		return errFails
 	}
 	return err
+}
+
+// reporting is a listener that reports that Drain has returned.
+type reporting struct {
+	*restart.Listener
+	drained chan<- struct{}
+}
+
+func (l reporting) Drain() {
+	l.Listener.Drain()
+	l.drained <- struct{}{}
 }
 
 // addrs are the addresses that this version listens on.
