@@ -20,10 +20,11 @@
 //
 // # HTTP servers
 //
-// After Drain or Stop, Serve returns StoppedError, and the server still serves its open
-// connections. To close them, call Shutdown, or use package httpdrain, with which far fewer
-// requests fail: Shutdown closes idle connections even while a client is sending on one, and
-// since Go 1.25 connections that were accepted but not yet read from (golang/go#75591).
+// Package httpdrain shuts down an http.Server with one call, and with far fewer failed requests than
+// Shutdown. If you call Drain or Stop yourself, Serve returns StoppedError, and the server still
+// serves its open connections, until you call Shutdown. That closes idle connections even while a
+// client is sending on one, and since Go 1.25 connections that were accepted but not yet read from
+// (golang/go#75591).
 //
 // Serve closes its listener when it returns. After Drain, that resets no connection, within the
 // limits of [StoppableListener.Drain]. If the socket is used again after Stop, keep it open:
