@@ -3,6 +3,7 @@
 package httpdrain_test
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -752,6 +753,55 @@ func TestServeIgnoresHijackedConnections(t *testing.T) {
 }
 
 // Several listeners
+
+// Clients keep connecting, and each whose connection is hijacked gets the goodbye of the example.
+func TestExampleSaysGoodbyeOnEachWebSocket(t *testing.T) {
+	t.Parallel()
+	tcptest.RequireRefusal(t)
+	for range 1 + tcptest.Rounds(10) {
+		ctx, stop := context.WithCancel(context.Background())
+		defer stop()
+		chat := &chat{ctx: ctx}
+		d := httpdrain.New(&http.Server{Handler: chat})
+		sl := tcptest.Wrap(t, tcptest.Listen(t))
+		served := make(chan error, 1)
+		go func() { served <- d.Serve(ctx, sl) }()
+
+		var goodbye sync.WaitGroup
+		connected, enough := tcptest.Countdown(40)
+		addr := sl.Addr().String()
+		stopLoad := tcptest.Loop(t, 4, func() bool {
+			conn, err := net.DialTimeout("tcp", addr, tcptest.Patience)
+			if err != nil {
+				return assert.True(t, tcptest.IsRefused(err), "%v", err) && false
+			}
+			t.Cleanup(func() { conn.Close() })
+			_, err = fmt.Fprint(conn, "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: chat\r\nConnection: Upgrade\r\n\r\n")
+			assert.NoError(t, err)
+			r := bufio.NewReader(conn)
+			for line := ""; line != "\r\n"; {
+				if line, err = r.ReadString('\n'); !assert.NoError(t, err, "a WebSocket is not opened") {
+					return false
+				}
+			}
+			connected()
+			goodbye.Add(1)
+			go func() {
+				defer goodbye.Done()
+				line, err := r.ReadString('\n')
+				assert.Equal(t, "goodbye\n", line, "%v", err)
+				conn.Close()
+			}()
+			return true
+		})
+		tcptest.Receive(t, enough, "WebSockets")
+		stop()
+		require.NoError(t, tcptest.Receive(t, served, "return of Serve"))
+		chat.open.Wait()
+		stopLoad()
+		goodbye.Wait()
+	}
+}
 
 func TestServersOfOneDrainerStopTogether(t *testing.T) {
 	s := startService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
