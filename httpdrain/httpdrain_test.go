@@ -758,7 +758,7 @@ func TestServeIgnoresHijackedConnections(t *testing.T) {
 func TestExampleSaysGoodbyeOnEachWebSocket(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
-	for range 1 + tcptest.Rounds(10) {
+	for range 1 + tcptest.Rounds(3) {
 		ctx, stop := context.WithCancel(context.Background())
 		defer stop()
 		chat := &chat{ctx: ctx}

@@ -96,7 +96,7 @@ func TestSuspendedProcessServesWhatCameMeanwhile(t *testing.T) {
 }
 
 // suspendedConns is the number of idle connections.
-const suspendedConns = 500
+const suspendedConns = 200
 
 // awaitStopped waits until the process is suspended.
 func awaitStopped(t testing.TB, p *proctest.Program) {
