@@ -185,7 +185,8 @@ func dump(local endpoint, f func(diag)) error {
 	req[0], req[1] = local.family, syscall.IPPROTO_TCP
 	binary.NativeEndian.PutUint32(req[4:], 1<<stateSynRecv|1<<stateListen)
 	copy(req[8:], local.port[:])
-	if err := syscall.Sendto(fd, request, 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}); err != nil {
+	kernel := syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}
+	if err := syscall.Sendto(fd, request, 0, &kernel); err != nil {
 		return os.NewSyscallError("sendto", err)
 	}
 
