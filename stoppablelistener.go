@@ -51,8 +51,8 @@
 //     before it calls Accept, such as a full netutil.LimitListener.
 //   - Wait for the accept loop to return before you pass the same socket to New again, because
 //     New clears the deadline that interrupts Accept.
-//   - On Plan 9, where package net does not support deadlines for Accept, an Accept that is
-//     blocked when Stop is called returns the next connection, and Drain does not end.
+//   - Package net has no deadlines for Accept on Plan 9. There, an Accept that is blocked when
+//     Stop is called returns the next connection, and Drain does not end.
 package stoppablelistener
 
 import (
@@ -70,14 +70,14 @@ import (
 // long, so that an idle listener costs next to nothing.
 //
 // Stop does not need a poll, since it moves the deadline itself. The poll limits the damage
-// when other code moves that deadline: if New is called before the accept loop of a stopped
-// wrapper has returned, that loop stays blocked for a minute and not forever; and a deadline
-// set on the plain *net.TCPListener ends a poll and not an Accept.
+// when other code moves that deadline. If New is called before the accept loop of a stopped
+// wrapper has returned, that loop stays blocked for a minute and not forever. A deadline set on
+// the plain *net.TCPListener ends a poll and not an Accept.
 const pollInterval = time.Minute
 
 const (
 	// firstLook is the time from Drain to the first look for connections that are still to be
-	// accepted: a SYN may be there that the kernel has already assigned to the socket.
+	// accepted. A SYN that the kernel has already assigned to the socket becomes visible by then.
 	firstLook = 5 * time.Millisecond
 
 	// maxHandshake is the time from Drain during which handshakes are waited for. It is longer
@@ -93,13 +93,12 @@ const (
 var longPast = time.Unix(1, 0)
 
 // StoppedError is returned by Accept and AcceptTCP after a call to Stop, and when a call to
-// Drain has stopped the accept loop; also by SetDeadline after either call. It is returned
+// Drain has stopped the accept loop. SetDeadline returns it after either call. It is returned
 // unwrapped, so both err == StoppedError and [errors.Is] work.
 //
-// It wraps [net.ErrClosed], and its text ends with the text of that error, so an accept loop
-// that recognizes a closed listener, by errors.Is or by text, also recognizes a stopped one.
-// It is neither temporary nor a timeout, the two kinds of error after which accept loops
-// retry.
+// It wraps [net.ErrClosed], and its text ends with the text of that error. So an accept loop
+// that recognizes a closed listener also recognizes a stopped one. It is neither temporary nor
+// a timeout, the two kinds of error after which accept loops retry.
 //
 //lint:ignore ST1012 this is the published name
 var StoppedError = fmt.Errorf("stoppablelistener: listener stopped: %w", net.ErrClosed)
@@ -181,8 +180,8 @@ func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	return nil, StoppedError
 }
 
-// File returns a duplicate of the socket's descriptor, as [net.TCPListener.File] does, and
-// leaves the socket in nonblocking mode: a child process can be started with the file while
+// File returns a duplicate of the socket's descriptor, as [net.TCPListener.File] does, but
+// leaves the socket in nonblocking mode. So a child process can be started with the file while
 // goroutines are in Accept, and Stop still interrupts these at once. It is the caller's
 // responsibility to close the file, which does not affect the listener.
 //
@@ -211,10 +210,10 @@ func (sl *StoppableListener) SetDeadline(t time.Time) error {
 // call returns StoppedError. Stop may be called any number of times, before the first Accept,
 // after Close, and after Drain, which it interrupts; calls after the first do nothing.
 //
-// Stop does not wait for the accept loop to return, does not close accepted connections, and
-// does not close the socket: the kernel keeps adding new connections to the accept queue. So
-// wait for the accept loop, for example with a [sync.WaitGroup], and then pass sl.TCPListener to
-// New to serve the socket again. If it is not used again, call Drain instead of Stop: closing
+// Stop does not wait for the accept loop to return. It closes neither accepted connections nor
+// the socket: the kernel keeps adding new connections to the accept queue. So wait for the
+// accept loop, for example with a [sync.WaitGroup], and then pass sl.TCPListener to New to
+// serve the socket again. If it is not used again, call Drain instead of Stop: closing
 // the socket after Stop resets the connections in its accept queue. To use the plain
 // *net.TCPListener again, clear the deadline that Stop has set: l.SetDeadline(time.Time{}).
 func (sl *StoppableListener) Stop() {
@@ -252,11 +251,13 @@ func (sl *StoppableListener) Stop() {
 // EINVAL.
 //
 // New connections are refused on Linux since version 5.7, without privileges, for TCP and
-// Multipath TCP. There, connect returns "connection refused" at once; if another socket
+// Multipath TCP. There, connect returns "connection refused" at once. If another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
-// because the kernel drops their first SYN. The kernel shows the handshakes in flight by netlink.
-// If it does not, because a sandbox or its configuration forbids that, or because the socket was
-// created in another network namespace, Accept waits for handshakes until 250 ms after Drain.
+// because the kernel drops their first SYN.
+//
+// The kernel shows the handshakes in flight by netlink. If a sandbox or the configuration of the
+// kernel forbids that, or the socket was created in another network namespace, Accept waits for
+// handshakes until 250 ms after Drain.
 //
 // On other systems, in some sandboxes, and, without privileges, on a socket that is bound to a
 // device, or to a link-local address, connections cannot be refused. Accept returns connections for
@@ -377,7 +378,7 @@ func (sl *StoppableListener) isDraining() bool {
 //
 // It is called with mu held, and not after the stop channel is closed, which Stop does with
 // mu held. So a goroutine that is about to start a poll either does so before Stop, whose
-// deadline then replaces its own, or finds the channel closed: no poll can postpone the
+// deadline then replaces its own, or finds the channel closed. No poll can postpone the
 // deadline with which Stop interrupts the other goroutines.
 func (sl *StoppableListener) startPoll() error {
 	end := time.Now().Add(pollInterval)

@@ -9,7 +9,7 @@ import (
 )
 
 // File returns a duplicate of l's descriptor as a file. Unlike that of l.File, its Fd
-// method leaves the socket in nonblocking mode: package os sets blocking mode only where
+// method leaves the socket in nonblocking mode. Package os sets blocking mode only where
 // package net has made the file, or package os itself has set nonblocking mode.
 func File(l *net.TCPListener) (*os.File, error) {
 	fd, err := DupConn(l)

@@ -152,10 +152,9 @@ func (d diag) cookie() cookie    { return cookie(d[44:52]) }
 func (d diag) expires() uint32   { return binary.NativeEndian.Uint32(d[52:]) } // ms until a timeout
 
 // isYoung reports whether a handshake may be younger than three seconds. The kernel sends its
-// SYN-ACK again after 1 s, 3 s and 7 s, and whenever the client sends its SYN again, which it also
-// does after 1 s and 3 s if the round-trip time is longer than that. So two retransmissions are due
-// to the kernel alone, or to both. In the first case, the third timeout lasts 4 s, in the other,
-// the second one lasts 2 s.
+// SYN-ACK again after 1 s, 3 s and 7 s, and whenever the client sends its SYN again. A client
+// with a longer round-trip time does that after 1 s and 3 s. So two retransmissions are due to
+// the kernel alone, and the timeout that has started lasts 4 s; or to both, and it lasts 2 s.
 func (d diag) isYoung() bool {
 	return d.retransmits() <= 1 || d.retransmits() == 2 && d.expires() <= 2100
 }

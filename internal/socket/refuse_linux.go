@@ -15,8 +15,8 @@ const (
 //
 // A SYN is for the listening socket that is bound to its interface, or to none. If there is no
 // such socket, the kernel sends RST. The accept queue stays. Handshakes that have started
-// complete, because their request sockets refer to the listening socket, which needs no lookup;
-// with SYN cookies, there are no request sockets, and they fail. Linux allows this without
+// complete, because their request sockets refer to the listening socket, which needs no lookup.
+// With SYN cookies, there are no request sockets, and they fail. Linux allows this without
 // privileges since version 5.7, unless the socket is bound already.
 func Refuse(conn syscall.Conn) bool {
 	refuses := false
