@@ -143,7 +143,7 @@ func (cs *conns) drain() {
 func (cs *conns) closeUnused(t time.Time) {
 	cs.each(func(conn net.Conn, c *connection) {
 		if c.is(http.StateNew) && c.accepted.Before(t) {
-			_ = conn.Close()
+			closeConn(conn)
 		}
 	})
 }
@@ -152,7 +152,7 @@ func (cs *conns) closeUnused(t time.Time) {
 func (cs *conns) closeIdle() {
 	cs.each(func(conn net.Conn, c *connection) {
 		if c.is(http.StateIdle) {
-			_ = conn.Close()
+			closeConn(conn)
 		}
 	})
 }
@@ -174,7 +174,7 @@ func closeIfStaysIdle(conn net.Conn, c *connection) {
 	}
 	time.AfterFunc(2*time.Second, func() {
 		if c.changes.Load() == changes {
-			_ = conn.Close()
+			closeConn(conn)
 		}
 	})
 }
@@ -183,13 +183,23 @@ func closeIfStaysIdle(conn net.Conn, c *connection) {
 func (cs *conns) abort() (requests int64) {
 	cs.each(func(conn net.Conn, c *connection) {
 		requests += c.requestsInFlight()
-		// Close of a *tls.Conn sends an alert, for which it waits up to five seconds.
-		if wrapper, ok := conn.(interface{ NetConn() net.Conn }); ok {
-			conn = wrapper.NetConn()
-		}
-		_ = conn.Close()
+		closeConn(conn)
 	})
 	return requests
+}
+
+// closeConn closes conn, beneath TLS. Close of a *tls.Conn sends close_notify, for which it waits up
+// to five seconds if the client does not read. That alert tells clients that what they have received
+// is complete: one whose connection is idle knows, and an aborted response is not.
+func closeConn(conn net.Conn) {
+	for {
+		wrapper, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = wrapper.NetConn()
+	}
+	_ = conn.Close()
 }
 
 // asKey returns conn, or a pointer to it if it cannot be a map key, such as a struct with a slice.

@@ -136,7 +136,6 @@ func (d *drain) drainListeners() {
 func (d *drain) awaitAcceptLoops() {
 	grace := max(d.grace, tick)
 	for !d.wait(time.Now().Add(grace), d.noAcceptLoop) && time.Now().Before(d.deadline) {
-		d.server.SetKeepAlivesEnabled(false)
 		d.conns.closeIdle()
 		d.conns.closeUnused(time.Now().Add(-grace))
 	}
@@ -170,7 +169,9 @@ func (d *drain) shutDown() {
 		called.Store(true)
 		d.conns.signal()
 	}()
-	d.wait(d.deadline, called.Load)
+	for !d.wait(time.Now().Add(time.Second), called.Load) && time.Now().Before(d.deadline) {
+		d.conns.closeIdle() // one has a client that does not read, for which Shutdown waits
+	}
 	d.conns.closeUnused(time.Now())
 	d.conns.closeAfterGoAway()
 	if d.wait(d.deadline, d.noConn) {

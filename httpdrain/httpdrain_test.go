@@ -170,15 +170,17 @@ func (s *service) awaitConns(t testing.TB, n int, state http.ConnState) {
 	})
 }
 
-func (s *service) countConns(state http.ConnState) (n int) {
+func (s *service) countConns(state http.ConnState) int { return len(s.conns(state)) }
+
+func (s *service) conns(state http.ConnState) (conns []net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, current := range s.states {
+	for conn, current := range s.states {
 		if current == state {
-			n++
+			conns = append(conns, conn)
 		}
 	}
-	return n
+	return conns
 }
 
 var (
@@ -980,11 +982,12 @@ type limited struct {
 	free chan struct{} // a value for each connection that may be accepted
 }
 
-func newLimited(t testing.TB, l *serviceListener) limited {
+func newLimited(l *serviceListener, n int) limited {
 	l.drain = l.StoppableListener.Drain
-	limited := limited{l, make(chan struct{}, 2)}
-	limited.free <- struct{}{}
-	limited.free <- struct{}{}
+	limited := limited{l, make(chan struct{}, n)}
+	for range n {
+		limited.free <- struct{}{}
+	}
 	return limited
 }
 
@@ -1031,7 +1034,7 @@ func TestServeMakesRoomInAFullListener(t *testing.T) {
 			t.Parallel()
 			s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
 			s.drainer.Grace = grace
-			l := newLimited(t, s.l)
+			l := newLimited(s.l, 2)
 			s.start(t, l)
 			occupy(t, s)
 			occupy(t, s)
@@ -1054,6 +1057,37 @@ func TestServeMakesRoomInAFullListener(t *testing.T) {
 			}
 			assert.Less(t, took, 4*grace)
 			waiting.Wait()
+		})
+	}
+}
+
+// The buffers of their idle connections are full, so that Close of each *tls.Conn would wait five
+// seconds to send an alert.
+func TestServeDoesNotWaitForIdleClientsThatDoNotRead(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes a second")
+	t.Parallel()
+	const clients = 3
+	for name, listener := range map[string]func(*service) httpdrain.Listener{
+		"in Shutdown":        func(s *service) httpdrain.Listener { return s.l },
+		"in a full listener": func(s *service) httpdrain.Listener { return newLimited(s.l, clients) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tcptest.Listen(t), httpclient.ServerTLS(), hello)
+			s.drainer.Grace = shortGrace
+			s.start(t, listener(s))
+			for range clients {
+				s.get(t, "/").Response(t)
+			}
+			s.awaitConns(t, clients, http.StateIdle)
+			for _, conn := range s.conns(http.StateIdle) {
+				conn = conn.(interface{ NetConn() net.Conn }).NetConn()
+				go conn.Write(make([]byte, 1<<24)) // blocks
+			}
+			start := time.Now()
+			s.stop()
+			s.requireDrained(t)
+			assert.Less(t, time.Since(start), 5*time.Second)
 		})
 	}
 }
