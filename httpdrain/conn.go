@@ -14,48 +14,30 @@ type conns struct {
 	all  sync.Map     // net.Conn to *connection
 	open atomic.Int64 // number of connections in all
 
-	draining  atomic.Bool  // the fields below count from now on; also read by each goAwayWriter
-	newlyIdle atomic.Int64 // connections that have become idle, and are so
-	changes   atomic.Int64 // number of state changes
-	shutdown  atomic.Bool  // idle connections are to be closed
+	draining atomic.Bool  // they are to send their first GOAWAY; also read by each goAwayWriter
+	changes  atomic.Int64 // number of state changes since draining
 
-	mu       sync.Mutex // guards lastIdle
-	lastIdle time.Time  // when the last of the newlyIdle has become idle
-
-	// changed receives a value when open or newlyIdle becomes zero. Its buffer is one value, so
-	// that nobody waits for the receiver.
-	changed chan struct{}
+	// wake receives a value when the drain is to check what it waits for. Its buffer is one value,
+	// so that no goroutine waits for the receiver.
+	wake chan struct{}
 }
 
 // A connection is what is known about an open connection.
 type connection struct {
-	accepted time.Time
-	goAway   *goAwayWriter // nil if the connection cannot send two GOAWAYs
-	state    atomic.Int32  // the last http.ConnState
-	changes  atomic.Int64  // of state since draining; counted after each
-	isNew    bool          // it is one of newlyIdle; only setState uses it
-
-	http2    atomic.Bool  // a handler has been called for an HTTP/2 request
-	inFlight atomic.Int64 // HTTP/2 requests whose handler has not returned
+	goAway   *goAwayWriter             // nil if the connection cannot send two GOAWAYs
+	state    atomic.Int32              // the last http.ConnState
+	since    atomic.Pointer[time.Time] // when it was accepted or, while draining, became idle
+	inFlight atomic.Int64              // HTTP/2 requests whose handler has not returned
 }
 
 func (c *connection) is(state http.ConnState) bool { return c.state.Load() == int32(state) }
 
-// requestsInFlight returns the number of requests whose handler has not returned.
-func (c *connection) requestsInFlight() int64 {
-	switch {
-	case c.http2.Load():
-		return c.inFlight.Load()
-	case c.is(http.StateActive):
-		return 1
-	default:
-		return 0
-	}
-}
+func now() *time.Time { t := time.Now(); return &t }
 
 // add adds a connection that has just been accepted.
 func (cs *conns) add(conn net.Conn) *connection {
-	c := &connection{accepted: time.Now()}
+	c := new(connection)
+	c.since.Store(now())
 	if wrapped, ok := conn.(interface{ goAwayWriter() *goAwayWriter }); ok {
 		c.goAway = wrapped.goAwayWriter()
 	}
@@ -73,49 +55,24 @@ func (cs *conns) setState(conn net.Conn, state http.ConnState) {
 	c := value.(*connection)
 	if state == http.StateHijacked || state == http.StateClosed {
 		cs.all.Delete(conn)
-		cs.setNewlyIdle(c, false)
 		if cs.open.Add(-1) == 0 {
-			cs.signal()
+			cs.wakeDrain()
 		}
 		return
+	}
+	if cs.draining.Load() {
+		cs.changes.Add(1)
+		if state == http.StateIdle {
+			c.since.Store(now())
+		}
 	}
 	c.state.Store(int32(state))
-	if cs.draining.Load() {
-		cs.setNewlyIdle(c, state == http.StateIdle)
-		c.changes.Add(1)
-		cs.changes.Add(1)
-		if cs.shutdown.Load() {
-			closeIfStaysIdle(conn, c)
-		}
-	}
 }
 
-func (cs *conns) setNewlyIdle(c *connection, is bool) {
-	switch {
-	case c.isNew == is:
-		return
-	case is:
-		cs.mu.Lock()
-		cs.lastIdle = time.Now()
-		cs.mu.Unlock()
-		cs.newlyIdle.Add(1)
-	case cs.newlyIdle.Add(-1) == 0:
-		cs.signal()
-	}
-	c.isNew = is
-}
-
-// lastNewlyIdle returns when the last of the newly idle connections has become so.
-func (cs *conns) lastNewlyIdle() time.Time {
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	return cs.lastIdle
-}
-
-// signal wakes the drain if it waits.
-func (cs *conns) signal() {
+// wakeDrain makes the drain check what it waits for.
+func (cs *conns) wakeDrain() {
 	select {
-	case cs.changed <- struct{}{}:
+	case cs.wake <- struct{}{}:
 	default:
 	}
 }
@@ -128,9 +85,9 @@ func (cs *conns) each(f func(net.Conn, *connection)) {
 	})
 }
 
-// drain makes the connections send their first GOAWAY, those that are idle at once. It does not
+// sendGoAway makes the connections send their first GOAWAY, those that are idle at once. It does not
 // write itself, because a client may not read.
-func (cs *conns) drain() {
+func (cs *conns) sendGoAway() {
 	cs.draining.Store(true)
 	cs.each(func(_ net.Conn, c *connection) {
 		if c.goAway != nil {
@@ -139,41 +96,20 @@ func (cs *conns) drain() {
 	})
 }
 
-// closeUnused closes the connections that have not sent a request and were accepted before t.
-func (cs *conns) closeUnused(t time.Time) {
-	cs.each(func(conn net.Conn, c *connection) {
-		if c.is(http.StateNew) && c.accepted.Before(t) {
-			closeConn(conn)
+// lastIdle returns when the last of the idle connections became idle, or a time before draining.
+func (cs *conns) lastIdle() (last time.Time) {
+	cs.each(func(_ net.Conn, c *connection) {
+		if c.is(http.StateIdle) && c.since.Load().After(last) {
+			last = *c.since.Load()
 		}
 	})
+	return last
 }
 
-// closeIdle closes the idle connections.
-func (cs *conns) closeIdle() {
+// closeIn closes the connections that have been in that state, new or idle, since before t.
+func (cs *conns) closeIn(state http.ConnState, t time.Time) {
 	cs.each(func(conn net.Conn, c *connection) {
-		if c.is(http.StateIdle) {
-			closeConn(conn)
-		}
-	})
-}
-
-// closeAfterGoAway closes the connections that are idle, or will be, and stay so. It is called
-// after Shutdown.
-func (cs *conns) closeAfterGoAway() {
-	cs.shutdown.Store(true)
-	cs.each(closeIfStaysIdle)
-}
-
-// closeIfStaysIdle closes conn if it is idle and stays so for two seconds. Shutdown has closed the
-// idle HTTP/1 connections and sent GOAWAY on the HTTP/2 connections, which are closed a second
-// later. But it may miss an HTTP/2 connection that has just been set up.
-func closeIfStaysIdle(conn net.Conn, c *connection) {
-	changes := c.changes.Load() // before the state, which may have changed by now
-	if !c.is(http.StateIdle) {
-		return
-	}
-	time.AfterFunc(2*time.Second, func() {
-		if c.changes.Load() == changes {
+		if c.is(state) && c.since.Load().Before(t) { // in this order, since it may become idle now
 			closeConn(conn)
 		}
 	})
@@ -182,7 +118,9 @@ func closeIfStaysIdle(conn net.Conn, c *connection) {
 // abort closes all connections, and returns how many requests were in flight on them.
 func (cs *conns) abort() (requests int64) {
 	cs.each(func(conn net.Conn, c *connection) {
-		requests += c.requestsInFlight()
+		if c.is(http.StateActive) {
+			requests += max(1, c.inFlight.Load())
+		}
 		closeConn(conn)
 	})
 	return requests

@@ -14,23 +14,27 @@ import (
 )
 
 const (
-	// tick is how long the drain waits before it looks whether the process was suspended.
+	// tick is how long the drain waits before it checks whether the process was suspended.
 	tick = 50 * time.Millisecond
 
-	// maxLooks is how many ticks it waits at most after a time is over. Otherwise, a process
+	// maxChecks is how many ticks it waits at most after a time is over. Otherwise, a process
 	// that is throttled all the time, and so seems to be suspended, would wait forever.
-	maxLooks = 100
+	maxChecks = 100
+
+	// goAwayTimeout is longer than package http keeps an HTTP/2 connection open after GOAWAY.
+	goAwayTimeout = 2 * time.Second
 )
 
 // A drain is the graceful shutdown of a server: its state, and what it waits for.
 type drain struct {
 	delay, grace, timeout time.Duration
 	server                *http.Server
-	conns                 *conns
+	conns                 conns
 
-	stopping atomic.Bool   // a context is done: the drain has started
-	done     chan struct{} // no values sent; closed when the drain is over
-	err      error         // set before done is closed
+	known   atomic.Bool   // load balancers may know the server
+	started atomic.Bool   // a context is done
+	done    chan struct{} // no values sent; closed when the drain is over
+	err     error         // set before done is closed
 
 	mu          sync.Mutex // guards the fields below
 	acceptLoops map[*acceptLoop]struct{}
@@ -62,57 +66,36 @@ func (d *drain) remove(a *acceptLoop, err error) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.acceptLoops, a)
-	d.conns.signal()
+	d.conns.wakeDrain()
 	if err == http.ErrServerClosed {
 		return d.shutdown // or other code has shut down the server
 	}
 	return d.draining
 }
 
-func (d *drain) noAcceptLoop() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return len(d.acceptLoops) == 0
-}
-
-func (d *drain) noConn() bool { return d.conns.open.Load() == 0 }
-
-func (d *drain) noNewlyIdleConn() bool { return d.conns.newlyIdle.Load() == 0 }
-
-// start shuts down the server, if that has not been started. The cause is that of the context.
-func (d *drain) start(cause error) {
-	if d.stopping.Swap(true) {
+// run shuts down the server, if that has not been started. The cause is that of the context.
+func (d *drain) run(cause error) {
+	if d.started.Swap(true) {
 		return
 	}
-	if d.needed() && !errors.Is(cause, replaced.Err) {
+	if d.known.Load() && !errors.Is(cause, replaced.Err) {
 		time.Sleep(d.delay)
 	}
 	d.drainListeners()
-	d.conns.drain()
+	d.conns.sendGoAway()
 	if d.timeout <= 0 {
 		d.timeout = math.MaxInt64
 	}
 	d.deadline = time.Now().Add(d.timeout)
-	d.awaitAcceptLoops()
-	d.awaitConns()
-	for !d.startShutdown() { // another Serve was called
+	for {
 		d.awaitAcceptLoops()
 		d.awaitConns()
+		if d.startShutdown() {
+			break
+		} // otherwise, Serve was called again
 	}
 	d.shutDown()
 	close(d.done)
-}
-
-// needed reports whether a load balancer may know the server.
-func (d *drain) needed() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for a := range d.acceptLoops {
-		if a.needed {
-			return true
-		}
-	}
-	return false
 }
 
 // drainListeners calls Drain of each listener at the same time, because it may take a second.
@@ -135,18 +118,22 @@ func (d *drain) drainListeners() {
 // period, Accept may be blocked in a wrapper that waits until a connection is closed.
 func (d *drain) awaitAcceptLoops() {
 	grace := max(d.grace, tick)
-	for !d.wait(time.Now().Add(grace), d.noAcceptLoop) && time.Now().Before(d.deadline) {
-		d.conns.closeIdle()
-		d.conns.closeUnused(time.Now().Add(-grace))
+	for !d.wait(time.Now().Add(grace), d.noAcceptLoop) && !d.expired() {
+		unusedSince := time.Now().Add(-grace)
+		d.conns.closeIn(http.StateNew, unusedSince)
+		d.conns.closeIn(http.StateIdle, unusedSince)
 	}
 }
 
-// awaitConns waits until the connections are closed, or the grace period is over.
+// awaitConns waits until the connections are closed, or the grace period is over, also for those
+// that have become idle in it.
 func (d *drain) awaitConns() {
-	if d.wait(time.Now().Add(d.grace), d.noConn) {
-		return
+	start := time.Now()
+	if !d.wait(start.Add(d.grace), d.noConn) {
+		d.wait(d.conns.lastIdle().Add(d.grace), func() bool {
+			return d.conns.lastIdle().Before(start)
+		})
 	}
-	d.wait(d.conns.lastNewlyIdle().Add(d.grace), d.noNewlyIdleConn)
 }
 
 // startShutdown reports whether Shutdown may be called: no accept loop is running, or it is too
@@ -154,7 +141,7 @@ func (d *drain) awaitConns() {
 func (d *drain) startShutdown() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.shutdown = len(d.acceptLoops) == 0 || !time.Now().Before(d.deadline)
+	d.shutdown = len(d.acceptLoops) == 0 || d.expired()
 	return d.shutdown
 }
 
@@ -167,20 +154,29 @@ func (d *drain) shutDown() {
 	go func() {
 		_ = d.server.Shutdown(expired)
 		called.Store(true)
-		d.conns.signal()
+		d.conns.wakeDrain()
 	}()
-	for !d.wait(time.Now().Add(time.Second), called.Load) && time.Now().Before(d.deadline) {
-		d.conns.closeIdle() // one has a client that does not read, for which Shutdown waits
-	}
-	d.conns.closeUnused(time.Now())
-	d.conns.closeAfterGoAway()
-	if d.wait(d.deadline, d.noConn) {
-		return
+	// It also waits for idle clients over TLS that do not read.
+	d.wait(time.Now().Add(time.Second), called.Load)
+	d.conns.closeIn(http.StateNew, time.Now())
+	// It may miss an HTTP/2 connection that has just been set up, which then stays idle.
+	for left := goAwayTimeout; !d.wait(time.Now().Add(left), d.noConn) && !d.expired(); left = tick {
+		d.conns.closeIn(http.StateIdle, time.Now().Add(-goAwayTimeout))
 	}
 	if requests := d.conns.abort(); requests > 0 {
 		d.err = fmt.Errorf("httpdrain: requests aborted: %d: %w", requests, context.DeadlineExceeded)
 	}
 }
+
+func (d *drain) noAcceptLoop() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.acceptLoops) == 0
+}
+
+func (d *drain) noConn() bool { return d.conns.open.Load() == 0 }
+
+func (d *drain) expired() bool { return !time.Now().Before(d.deadline) }
 
 // wait waits until done returns true, and returns false if the end or the deadline comes before.
 //
@@ -190,13 +186,13 @@ func (d *drain) wait(end time.Time, done func() bool) bool {
 	if d.deadline.Before(end) {
 		end = d.deadline
 	}
-	for looks := 0; !done(); {
+	for checks := 0; !done(); {
 		left := time.Until(end)
 		if left <= 0 {
-			if !d.suspended || looks == maxLooks {
+			if !d.suspended || checks == maxChecks {
 				return false
 			}
-			looks++
+			checks++
 			left = tick
 		}
 		d.waitTick(min(left, tick))
@@ -204,13 +200,13 @@ func (d *drain) wait(end time.Time, done func() bool) bool {
 	return true
 }
 
-// waitTick waits for a change of conns, but no longer than dur.
+// waitTick waits until it is woken, but no longer than dur.
 func (d *drain) waitTick(dur time.Duration) {
 	start, changes := time.Now(), d.conns.changes.Load()
 	timer := time.NewTimer(dur)
 	defer timer.Stop()
 	select {
-	case <-d.conns.changed:
+	case <-d.conns.wake:
 	case <-timer.C:
 		if dur == tick && d.conns.changes.Load() == changes {
 			d.suspended = false

@@ -28,7 +28,7 @@ var goAwayFrame = []byte{
 // frames once it is wanted. If the connection is not HTTP/2, it only writes.
 type goAwayWriter struct {
 	conn   io.Writer
-	wanted *atomic.Bool
+	wanted *atomic.Bool // GOAWAY is
 
 	mu     sync.Mutex // held while writing; guards the fields below
 	frames frames     // what has been written
@@ -112,36 +112,36 @@ const (
 // frames follows the frames that a server writes.
 type frames struct {
 	header  [frameHeaderLen]byte // of the current frame
-	have    int                  // how many bytes of header have been written
+	written int                  // how many bytes of header have been written
 	payload int                  // how many bytes of the payload have not been written
 
 	settings    bool // the server's SETTINGS, which come first, have been written
 	headerBlock bool // a header block has not been completed
 	response    bool // the header of a response has been written
 	closed      bool // package http has sent GOAWAY
-	other       bool // what is written is not HTTP/2
+	notHTTP2    bool
 }
 
 // allowGoAway reports whether the first GOAWAY may be written here. A client that has no response
 // yet is left alone, because it has just connected, and should not have to connect again.
 func (f *frames) allowGoAway() bool {
-	return f.have == 0 && f.response && !f.headerBlock && !f.closed
+	return f.written == 0 && f.response && !f.headerBlock && !f.closed
 }
 
 // next is called with what is written next, at least one byte. It returns how much of p belongs to
 // the current frame.
 func (f *frames) next(p []byte) (n int) {
-	if f.other {
+	if f.notHTTP2 {
 		return len(p)
 	}
-	if f.have < frameHeaderLen {
-		n = copy(f.header[f.have:], p)
-		if f.have += n; f.have < frameHeaderLen {
+	if f.written < frameHeaderLen {
+		n = copy(f.header[f.written:], p)
+		if f.written += n; f.written < frameHeaderLen {
 			return n
 		}
 		f.payload = int(binary.BigEndian.Uint32(f.header[:]) >> 8)
 		if !f.settings && !f.isSettings() {
-			f.other = true
+			f.notHTTP2 = true
 			return len(p)
 		}
 	}
@@ -159,7 +159,7 @@ func (f *frames) isSettings() bool {
 }
 
 func (f *frames) endFrame() {
-	f.have = 0
+	f.written = 0
 	switch f.header[3] {
 	case frameSettings:
 		f.settings = true

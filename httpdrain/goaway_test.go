@@ -140,7 +140,7 @@ func (w blockingWriter) Write(p []byte) (int, error) {
 }
 
 func TestDrainDoesNotWaitForAWriteThatBlocks(t *testing.T) {
-	cs := &conns{changed: make(chan struct{}, 1)}
+	cs := &conns{wake: make(chan struct{}, 1)}
 	writer := blockingWriter{make(chan struct{}), make(chan struct{})}
 	tcp := &tcpConn{w: newGoAwayWriter(writer, &cs.draining)}
 	cs.add(tcp)
@@ -149,7 +149,7 @@ func TestDrainDoesNotWaitForAWriteThatBlocks(t *testing.T) {
 	go tcp.Write(response)
 	<-writer.entered
 	drained := make(chan struct{})
-	go func() { cs.drain(); close(drained) }()
+	go func() { cs.sendGoAway(); close(drained) }()
 	select {
 	case <-drained:
 	case <-time.After(10 * time.Second):

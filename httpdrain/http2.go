@@ -5,12 +5,12 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"sync/atomic"
 )
 
 // protocols are those that a server serves.
 type protocols struct {
 	http1, http2 bool // over TLS
-	h2c          bool // HTTP/2 without TLS
 
 	// Two GOAWAYs are sent without TLS, and over TLS. That needs the HTTP/2 of package http, not
 	// that of x/net, and a version of Go that serves HTTP/2 on connections of another type.
@@ -28,10 +28,9 @@ func setUpHTTP2(server *http.Server) protocols {
 	_ = server.ServeTLS(nil, "\x00", "\x00")
 	p := protocols{http1: true}
 	_, p.http2 = server.TLSNextProto["h2"]
-	ofPackageHTTP = ofPackageHTTP && p.http2
 	p.restrict(server)
-	p.wrapTCP = ofPackageHTTP && p.h2c
-	p.wrapTLS = ofPackageHTTP && p.http2 && servesHTTP2OnAnyTLSConn
+	p.wrapTCP = p.wrapTCP && ofPackageHTTP
+	p.wrapTLS = p.http2 && ofPackageHTTP && servesHTTP2OnAnyTLSConn
 	return p
 }
 
@@ -66,21 +65,22 @@ func setProto(protos []string, proto string, enabled bool) []string {
 	return protos
 }
 
-// wrap returns a connection that sends two GOAWAYs, if conn may become HTTP/2.
-func (p *protocols) wrap(conn net.Conn, cs *conns) net.Conn {
+// wrap returns a connection that sends two GOAWAYs, the first once goAway is true, if conn may
+// become HTTP/2.
+func (p *protocols) wrap(conn net.Conn, goAway *atomic.Bool) net.Conn {
 	switch c := conn.(type) {
 	case *tls.Conn:
 		if p.wrapTLS {
-			return &tlsConn{c, newGoAwayWriter(c, &cs.draining)}
+			return &tlsConn{c, newGoAwayWriter(c, goAway)}
 		}
 	case interface{ ConnectionState() tls.ConnectionState }: // of another package
 	case *net.TCPConn:
 		if p.wrapTCP {
-			return &tcpConn{c, newGoAwayWriter(c, &cs.draining)}
+			return &tcpConn{c, newGoAwayWriter(c, goAway)}
 		}
 	default:
 		if p.wrapTCP {
-			return &wrappedConn{conn, newGoAwayWriter(conn, &cs.draining)}
+			return &wrappedConn{conn, newGoAwayWriter(conn, goAway)}
 		}
 	}
 	return conn

@@ -11,9 +11,9 @@
 // connections at once, even if a client has just sent a request on one; since Go 1.25 also
 // connections that were accepted but not yet read from (golang/go#75591). A [Drainer] serves the
 // accept queue, while new connections are refused (on Linux), and keeps serving the open
-// connections for a grace period. Its responses carry Connection: close, and HTTP/2 connections
-// get GOAWAY twice, as RFC 9113, section 6.8 says, so that clients open new connections for their
-// next requests, elsewhere, and their requests in flight are served.
+// connections for a grace period. It makes clients open new connections for their next requests,
+// elsewhere: HTTP/1 responses carry Connection: close, and HTTP/2 connections get GOAWAY twice, as
+// RFC 9113, section 6.8 says. Requests in flight are served.
 //
 // Behind a load balancer, which notices only after some time that an instance is being stopped,
 // set [Drainer.Delay]. The package example does that.
@@ -30,11 +30,10 @@
 // a handler that deletes the header, and set it in ModifyResponse if ctx is done, unless the
 // status is 101.
 //
-// A handler that streams until the client disconnects, such as one for server-sent events,
-// should return when ctx is done, or when a function registered with
-// [net/http.Server.RegisterOnShutdown] is called, at the end of the grace period. Like Shutdown, a
-// Drainer neither waits for hijacked connections, such as WebSockets and those of x/net's h2c, nor
-// closes them.
+// A handler that streams until the client disconnects, such as one for server-sent events, should
+// return when ctx is done. Functions registered with [net/http.Server.RegisterOnShutdown] are
+// called later, at the end of the grace period. Like Shutdown, a Drainer neither waits for
+// hijacked connections, such as WebSockets and those of x/net's h2c, nor closes them.
 //
 // # Limitations
 //
@@ -91,9 +90,8 @@ type Drainer struct {
 	Timeout time.Duration
 
 	server    *http.Server
-	startOnce sync.Once
-	protocols protocols // what the server serves
-	conns     conns
+	setUpOnce sync.Once
+	protocols protocols
 	drain     drain
 }
 
@@ -101,19 +99,17 @@ type Drainer struct {
 // serve. It then replaces Handler, ConnState, ConnContext and BaseContext by functions that call
 // those of the server, and TLSConfig by a copy.
 func New(server *http.Server) *Drainer {
-	d := &Drainer{
+	return &Drainer{
 		Grace:   1250 * time.Millisecond,
 		Timeout: 10 * time.Second,
 		server:  server,
-		conns:   conns{changed: make(chan struct{}, 1)},
+		drain: drain{
+			server:      server,
+			conns:       conns{wake: make(chan struct{}, 1)},
+			done:        make(chan struct{}),
+			acceptLoops: make(map[*acceptLoop]struct{}),
+		},
 	}
-	d.drain = drain{
-		server:      server,
-		conns:       &d.conns,
-		acceptLoops: make(map[*acceptLoop]struct{}),
-		done:        make(chan struct{}),
-	}
-	return d
 }
 
 // A Listener is what a [Drainer] serves: a [*stoppablelistener.StoppableListener], or a listener
@@ -154,7 +150,6 @@ type Listener interface {
 //
 // Serve then returns nil. If requests are in flight after Timeout, it closes all connections, and
 // returns an error that says how many requests were aborted, and wraps [context.DeadlineExceeded].
-// Those whose handler has returned or panicked do not count.
 //
 // If ctx is done before the call, Serve shuts the server down without Delay.
 //
@@ -163,14 +158,14 @@ type Listener interface {
 // down, and each Serve returns when the shutdown is over. If called later, or if other code has
 // shut the server down, Serve returns [http.ErrServerClosed].
 //
-// If Accept is blocked in a wrapper when Grace is over, such as in a full netutil.LimitListener,
-// Serve closes the connections that are idle or unused, to make room, and again each Grace.
-// Timeout bounds this too.
+// If Accept is blocked when Grace is over, in a wrapper such as a full netutil.LimitListener, Serve
+// makes room: it closes the connections that have been idle or unused for Grace, and again each
+// Grace. Timeout bounds this too.
 //
 // If l returns a type of its own, or the server serves unencrypted HTTP/2, or TLS since Go 1.27,
 // hooks and Hijack may get a wrapper of a connection. It has a method NetConn, as [*tls.Conn] has.
 func (d *Drainer) Serve(ctx context.Context, l Listener) error {
-	d.startOnce.Do(d.start)
+	d.setUpOnce.Do(d.setUp)
 	return d.serve(ctx, l, l)
 }
 
@@ -181,7 +176,7 @@ func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 // With package restart, load the certificate into TLSConfig before you call Ready: a new process
 // that fails later has already replaced its parent.
 func (d *Drainer) ServeTLS(ctx context.Context, l Listener, certFile, keyFile string) error {
-	d.startOnce.Do(d.start)
+	d.setUpOnce.Do(d.setUp)
 	config, err := d.protocols.tlsConfig(d.server.TLSConfig, certFile, keyFile)
 	if err != nil {
 		return err
@@ -223,8 +218,8 @@ func (d *Drainer) listen(defaultAddr string) (Listener, error) {
 	return stoppablelistener.New(l)
 }
 
-// start reads the fields, and puts the hooks into the server.
-func (d *Drainer) start() {
+// setUp reads the fields, and puts the hooks into the server.
+func (d *Drainer) setUp() {
 	d.drain.delay, d.drain.grace, d.drain.timeout = d.Delay, d.Grace, d.Timeout
 	d.protocols = setUpHTTP2(d.server)
 	handler, connState := d.server.Handler, d.server.ConnState
@@ -235,14 +230,13 @@ func (d *Drainer) start() {
 	d.server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.ProtoMajor {
 		case 1:
-			if d.drain.stopping.Load() && !switchesProtocols(r) {
+			if d.drain.started.Load() && !switchesProtocols(r) {
 				w.Header().Set("Connection", "close")
 			}
 		case 2:
 			if c, ok := r.Context().Value(d).(*connection); ok {
-				c.http2.Store(true)
 				defer c.inFlight.Add(-1)
-				if c.inFlight.Add(1) == 1 && c.goAway == nil && d.conns.draining.Load() {
+				if c.inFlight.Add(1) == 1 && c.goAway == nil && d.drain.conns.draining.Load() {
 					w.Header().Set("Connection", "close") // package http sends GOAWAY instead
 				}
 			}
@@ -250,7 +244,7 @@ func (d *Drainer) start() {
 		handler.ServeHTTP(w, r)
 	})
 	d.server.ConnState = func(conn net.Conn, state http.ConnState) {
-		d.conns.setState(conn, state)
+		d.drain.conns.setState(conn, state)
 		if connState != nil {
 			connState(conn, state)
 		}
@@ -259,7 +253,7 @@ func (d *Drainer) start() {
 		if connContext != nil {
 			ctx = connContext(ctx, conn)
 		}
-		return context.WithValue(ctx, d, d.conns.add(conn))
+		return context.WithValue(ctx, d, d.drain.conns.add(conn))
 	}
 	if baseContext != nil {
 		d.server.BaseContext = func(l net.Listener) context.Context {
@@ -284,7 +278,6 @@ type acceptLoop struct {
 	net.Listener // listener, or one that adds TLS to it
 	listener     Listener
 	drainer      *Drainer
-	needed       bool // its context was not done when it was started
 }
 
 func (a *acceptLoop) Accept() (net.Conn, error) {
@@ -292,12 +285,15 @@ func (a *acceptLoop) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a.drainer.protocols.wrap(asKey(conn), &a.drainer.conns), nil
+	return a.drainer.protocols.wrap(asKey(conn), &a.drainer.drain.conns.draining), nil
 }
 
 // serve serves l. Its connections come from accepted.
 func (d *Drainer) serve(ctx context.Context, l Listener, accepted net.Listener) error {
-	a := &acceptLoop{accepted, l, d, ctx.Err() == nil}
+	if ctx.Err() == nil {
+		d.drain.known.Store(true)
+	}
+	a := &acceptLoop{accepted, l, d}
 	if !d.drain.add(a) {
 		_ = l.Close() // as the server's Serve does
 		return http.ErrServerClosed
@@ -309,8 +305,7 @@ func (d *Drainer) serve(ctx context.Context, l Listener, accepted net.Listener) 
 			failed <- err
 		}
 	}()
-	release := context.AfterFunc(ctx, func() { d.drain.start(context.Cause(ctx)) })
-	defer release()
+	defer context.AfterFunc(ctx, func() { d.drain.run(context.Cause(ctx)) })()
 	select {
 	case err := <-failed:
 		return err

@@ -10,7 +10,7 @@ func (p *protocols) restrict(server *http.Server) {
 	if enabled == nil {
 		return
 	}
-	p.h2c = p.http2 && enabled.UnencryptedHTTP2()
+	p.wrapTCP = p.http2 && enabled.UnencryptedHTTP2()
 	p.http2 = p.http2 && enabled.HTTP2()
 	p.http1 = enabled.HTTP1() || *enabled == http.Protocols{}
 }
