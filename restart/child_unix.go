@@ -9,11 +9,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
-	"time"
 )
-
-// wordTimeout is how long a child that is signaled itself waits for its parent.
-var wordTimeout = time.Second
 
 // errParentExited is the cause of a child's context if the parent exits without a word.
 var errParentExited = errors.New("parent process exited")
@@ -30,7 +26,6 @@ type child struct {
 	announced chan struct{}  // closed when Ready has sent the sockets
 	told      chan struct{}  // closed when the parent has sent its word, or has exited
 	word      syscall.Signal // valid when told is closed; 0 if the parent has exited without one
-	waited    chan struct{}  // closed when Drain need not wait for told any longer
 }
 
 // asChild is nil in a parent. A child exits with its parent even before it calls Run.
@@ -46,7 +41,6 @@ func newChild() *child {
 		isReady:   make(chan struct{}),
 		announced: make(chan struct{}),
 		told:      make(chan struct{}),
-		waited:    make(chan struct{}),
 	}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	if c.err == nil {
@@ -85,21 +79,15 @@ func (c *child) run(serve func(context.Context) error) error {
 }
 
 // obeySignal is called when this process is signaled itself. The parent may have been signaled
-// too, and otherwise learns of it: so it says soon whether the service is being stopped.
+// too, and otherwise learns of it, so a child that is ready gets its word in any case.
 func (c *child) obeySignal(sig os.Signal) {
 	c.mu.Lock()
-	isReady := closed(c.isReady)
-	if !isReady {
-		c.cancel(signalError{sig})
-	}
+	c.cancel(signalError{sig})
 	c.mu.Unlock()
-	if isReady {
-		await(c.announced, wordTimeout)
+	if closed(c.isReady) {
+		<-c.announced
 		c.link.sendSignal(sig.(syscall.Signal))
-		c.cancel(signalError{sig})
-		await(c.told, wordTimeout)
 	}
-	close(c.waited)
 }
 
 func (c *child) listen(
@@ -126,9 +114,8 @@ func (c *child) endsService() bool {
 	if c.ctx.Err() == nil {
 		return false
 	}
-	select {
-	case <-c.told:
-	case <-c.waited:
+	if closed(c.isReady) {
+		<-c.told
 	}
 	return closed(c.told) && c.word != 0 && c.word != syscall.SIGUSR2
 }

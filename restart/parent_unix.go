@@ -297,7 +297,7 @@ func (p *parent) childReady(c *childProcess, sockets []held, err error) {
 }
 
 // childSignaled stops the service if the serving process has been signaled itself. A restart that
-// succeeds makes up for that, so it is waited for.
+// succeeds makes up for that, so it is waited for. The child accepts connections meanwhile.
 func (p *parent) childSignaled(c *childProcess, sig syscall.Signal) {
 	c.signal = sig
 	if c == p.serving && p.state == steady {

@@ -221,10 +221,11 @@ type Listener struct {
 //   - if the context is not done, or if its cause is [ErrReplaced];
 //   - if the socket comes from socket activation;
 //   - in a child whose parent exits, because a supervisor may start it again;
-//   - in a child that is signaled itself, while a restart is going on or the parent is suspended.
+//   - in a child that is signaled itself and is replaced, or is not ready yet.
 //
-// In a child that is ready and is signaled itself, Drain waits until the parent tells it whether
-// the service is being stopped. That takes milliseconds; it waits for little more than a second.
+// In a child that is signaled itself, Drain waits until the parent tells it whether the service is
+// being stopped. That takes milliseconds, but as long as a restart that is going on, or until a
+// parent that is suspended runs again. Connections are accepted meanwhile.
 //
 // On systems other than Unix, it is always the Drain of the StoppableListener.
 func (l *Listener) Drain() {

@@ -172,7 +172,7 @@ func (q *sequence) suspend() {
 	}
 	d := time.Duration(q.IntN(50)) * time.Millisecond
 	if q.IntN(8) == 0 {
-		d = 1100 * time.Millisecond // longer than Drain waits for word
+		d = time.Duration(q.IntN(3000)) * time.Millisecond // Grace of package httpdrain is 1250 ms
 	}
 	q.Logf("the %s is suspended for %v", name, d)
 	require.NoError(q, p.Signal(syscall.SIGSTOP))
@@ -186,11 +186,9 @@ func (q *sequence) suspend() {
 // end stops the service.
 func (q *sequence) end() {
 	switch n := q.IntN(4); {
-	case n == 0 && q.isChild && !q.hangs:
+	case n == 0 && q.isChild && !q.hangs: // otherwise, it serves until that new process is killed
 		q.Log("SIGTERM to the serving process")
-		q.resuming.Wait() // the parent must not be suspended
 		require.NoError(q, q.serving.Signal(syscall.SIGTERM))
-		return
 	case n == 1:
 		q.Log("SIGTERM to the group")
 		require.NoError(q, syscall.Kill(-q.service.parent.Pid, syscall.SIGTERM))

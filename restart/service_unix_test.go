@@ -22,21 +22,12 @@ import (
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 
-// Environment variables with the time in which a new process must be ready, and with the time that
-// Drain waits for word from the parent.
-const (
-	readyTimeoutEnv = "STOPPABLELISTENER_TEST_READY_TIMEOUT"
-	wordTimeoutEnv  = "STOPPABLELISTENER_TEST_WORD_TIMEOUT"
-)
+// readyTimeoutEnv is an environment variable with the time in which a new process must be ready.
+const readyTimeoutEnv = "STOPPABLELISTENER_TEST_READY_TIMEOUT"
 
 func init() {
-	for env, set := range map[string]func(time.Duration){
-		readyTimeoutEnv: restart.SetReadyTimeout,
-		wordTimeoutEnv:  restart.SetWordTimeout,
-	} {
-		if timeout, err := time.ParseDuration(os.Getenv(env)); err == nil {
-			set(timeout)
-		}
+	if timeout, err := time.ParseDuration(os.Getenv(readyTimeoutEnv)); err == nil {
+		restart.SetReadyTimeout(timeout)
 	}
 }
 
