@@ -5,9 +5,9 @@ package restart
 import (
 	"context"
 	"errors"
-	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -17,15 +17,14 @@ var errParentExited = errors.New("parent process exited")
 // A child is started by a parent and obeys it.
 type child struct {
 	handover
-	sockets sockets
+	sockets // its method listen is the role's
 
-	ctx       context.Context // that serve has
-	cancel    context.CancelCauseFunc
-	mu        sync.Mutex     // held while Ready or a signal, whichever is first, has its effect
-	isReady   chan struct{}  // closed by Ready with mu held
-	announced chan struct{}  // closed when Ready has sent the sockets
-	told      chan struct{}  // closed when the parent has sent its word, or has exited
-	word      syscall.Signal // valid when told is closed; 0 if the parent has exited without one
+	ctx     context.Context // that serve has
+	cancel  context.CancelCauseFunc
+	once    sync.Once // of Ready, or of what comes first and makes that do nothing
+	isReady atomic.Bool
+	told    chan struct{}  // closed when the parent has sent its word, or has exited
+	word    syscall.Signal // valid when told is closed; 0 if the parent has exited without one
 }
 
 // asChild is nil in a parent. A child exits with its parent even before it calls Run.
@@ -36,12 +35,7 @@ func newChild() *child {
 	if !ok {
 		return nil
 	}
-	c := &child{
-		handover:  handover,
-		isReady:   make(chan struct{}),
-		announced: make(chan struct{}),
-		told:      make(chan struct{}),
-	}
+	c := &child{handover: handover, told: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	if c.err == nil {
 		go c.obeyParent()
@@ -55,7 +49,7 @@ func (c *child) obeyParent() {
 	cause := causeOf(c.word)
 	if c.word == 0 {
 		cause = errParentExited
-		if !closed(c.isReady) {
+		if !c.isReady.Load() {
 			var reports reporter
 			reports.print("%v before process %d was ready", cause, os.Getpid())
 			reports.flush()
@@ -70,7 +64,7 @@ func (c *child) run(serve func(context.Context) error) error {
 	if c.err != nil {
 		return c.err
 	}
-	if err := c.sockets.inherit(c.descriptors); err != nil {
+	if err := c.inherit(c.descriptors); err != nil {
 		return err
 	}
 	ignoreSIGPIPE()
@@ -81,40 +75,33 @@ func (c *child) run(serve func(context.Context) error) error {
 // obeySignal is called when this process is signaled itself. The parent may have been signaled
 // too, and otherwise learns of it, so a child that is ready gets its word in any case.
 func (c *child) obeySignal(sig os.Signal) {
-	c.mu.Lock()
 	c.cancel(signalError{sig})
-	c.mu.Unlock()
-	if closed(c.isReady) {
-		<-c.announced
+	if c.wasReady() {
 		c.link.sendSignal(sig.(syscall.Signal))
 	}
 }
 
-func (c *child) listen(
-	config *net.ListenConfig, network, address string,
-) (*net.TCPListener, bool, error) {
-	return c.sockets.listen(config, network, address)
+func (c *child) ready() {
+	c.once.Do(func() {
+		if c.ctx.Err() == nil {
+			c.isReady.Store(true)
+			c.seal()
+			c.link.sendSockets(c.take())
+		}
+	})
 }
 
-func (c *child) ready() {
-	c.mu.Lock()
-	does := c.ctx.Err() == nil && !closed(c.isReady)
-	if does {
-		close(c.isReady)
-	}
-	c.mu.Unlock()
-	if does {
-		c.sockets.seal()
-		c.link.sendSockets(c.sockets.take())
-		close(c.announced)
-	}
+// wasReady reports whether this process is ready. If it is not, Ready does nothing any more.
+func (c *child) wasReady() bool {
+	c.once.Do(func() {})
+	return c.isReady.Load()
 }
 
 func (c *child) endsService() bool {
 	if c.ctx.Err() == nil {
 		return false
 	}
-	if closed(c.isReady) {
+	if c.wasReady() {
 		<-c.told
 	}
 	return closed(c.told) && c.word != 0 && c.word != syscall.SIGUSR2

@@ -19,10 +19,10 @@ import (
 // a change needs another protocolVersion.
 //
 // A child is started with the listening sockets as the descriptors from firstFD on, and after them
-// with one end of a socket pair, the link. The environment variable protocolEnv has
-// protocolVersion, a space and the parent's process ID in its first line, and a name for each
-// socket in the others: network, space and address, as passed to Listen, and then " activated" if
-// the socket comes from socket activation.
+// with one end of a socket pair, the link. The first line of the environment variable protocolEnv
+// has protocolVersion, a space and the parent's process ID. Each other line has the name of a
+// socket: network, space and address, as passed to Listen, and then " activated" if the socket
+// comes from socket activation.
 //
 // When the child is ready, it sends its own sockets, each as name, newline and descriptor, and
 // then another newline. If it is then signaled itself, it sends the number of the signal as one
@@ -68,10 +68,7 @@ func takeHandover() (h handover, ok bool) {
 }
 
 // A link is one end of the connection between the parent and a child.
-type link struct {
-	conn *net.UnixConn
-	rest []byte // received after the sockets
-}
+type link struct{ conn *net.UnixConn }
 
 // startLinked starts cmd as a child that inherits sockets, and returns the parent's end of the
 // link. It closes the sockets.
@@ -135,7 +132,7 @@ func openLink(fd int) (*link, error) {
 		_ = conn.Close()
 		return nil, errNoLink
 	}
-	return &link{conn: unix}, nil
+	return &link{unix}, nil
 }
 
 // sendSockets sends sockets to the parent, and closes them. If the parent has exited,
@@ -177,23 +174,19 @@ func (l *link) receiveSockets() ([]held, error) {
 }
 
 // receiveText receives text up to an empty line, and appends the descriptors that come with it
-// to fds.
+// to fds. It receives one byte at a time, because others may follow.
 func (l *link) receiveText(fds *[]int) (string, error) {
-	received := []byte("\n") // so that there is an empty line even if there is no socket
-	data, oob := make([]byte, 4096), make([]byte, 4096)
-	for {
-		if text, rest, ok := bytes.Cut(received, []byte("\n\n")); ok {
-			l.rest = rest
-			return string(text), nil
-		}
-		n, oobn, _, _, err := l.conn.ReadMsgUnix(data, oob)
+	text := []byte("\n") // so that there is an empty line even if there is no socket
+	char, oob := make([]byte, 1), make([]byte, syscall.CmsgSpace(4))
+	for !bytes.HasSuffix(text, []byte("\n\n")) {
+		n, oobn, _, _, err := l.conn.ReadMsgUnix(char, oob)
 		if errno := syscall.Errno(0); err != nil && !errors.As(err, &errno) {
 			return "", errLinkClosed
 		}
 		if err != nil {
 			return "", err
 		}
-		received = append(received, data[:n]...)
+		text = append(text, char[:n]...)
 		messages, err := syscall.ParseSocketControlMessage(oob[:oobn])
 		if err != nil {
 			return "", err
@@ -206,6 +199,7 @@ func (l *link) receiveText(fds *[]int) (string, error) {
 			*fds = append(*fds, rights...)
 		}
 	}
+	return string(text), nil
 }
 
 // interrupt makes receiveSockets return.
@@ -219,10 +213,8 @@ func (l *link) sendSignal(sig syscall.Signal) {
 
 // receiveSignal waits for the number of a signal. It is 0 if the link is closed.
 func (l *link) receiveSignal() syscall.Signal {
-	number := append(l.rest, 0)
-	if len(l.rest) == 0 {
-		_, _ = l.conn.Read(number)
-	}
+	number := make([]byte, 1)
+	_, _ = l.conn.Read(number)
 	return syscall.Signal(number[0])
 }
 

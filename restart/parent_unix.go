@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log"
-	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -65,9 +64,9 @@ func newRole() role {
 
 // A parent starts, replaces and stops children, and serves itself until the first restart.
 type parent struct {
+	sockets                 // its method listen is the role's
 	ctx     context.Context // that serve has
 	cancel  context.CancelCauseFunc
-	sockets sockets
 	passing chan os.Signal // for the serving process
 	events  chan func()    // called by run, one after the other; only they use the fields below
 	done    chan struct{}  // closed when run calls no more events
@@ -111,7 +110,7 @@ func newParent() *parent {
 }
 
 func (p *parent) run(serve func(context.Context) error) error {
-	if err := p.sockets.inherit(takeActivation()); err != nil {
+	if err := p.inherit(takeActivation()); err != nil {
 		return err
 	}
 	ignoreSIGPIPE()
@@ -155,17 +154,11 @@ func (p *parent) do(event func()) {
 	}
 }
 
-func (p *parent) listen(
-	config *net.ListenConfig, network, address string,
-) (*net.TCPListener, bool, error) {
-	return p.sockets.listen(config, network, address)
-}
-
 func (p *parent) ready() {
 	if p.ctx.Err() != nil {
 		return
 	}
-	p.sockets.seal()
+	p.seal()
 	p.do(func() {
 		if p.state == starting {
 			p.settle()
@@ -246,7 +239,7 @@ func (p *parent) start() {
 
 // startLinked starts cmd as a child that inherits the held sockets.
 func (p *parent) startLinked(cmd *exec.Cmd) (*link, error) {
-	sockets, err := p.sockets.duplicates()
+	sockets, err := p.duplicates()
 	if err != nil {
 		return nil, err
 	}
@@ -287,7 +280,7 @@ func (p *parent) childReady(c *childProcess, sockets []held, err error) {
 		c.stop(syscall.SIGUSR2)
 		p.fail("process %d: %v", c.pid(), err)
 	default:
-		p.sockets.replace(sockets)
+		p.replace(sockets)
 		p.serving.stop(syscall.SIGUSR2)
 		p.serving = c
 		// Until now, these signals have had their effect on this process.
@@ -365,7 +358,7 @@ func (p *parent) stopService(sig syscall.Signal) {
 		_ = p.newProcess.cmd.Process.Signal(syscall.SIGTERM) // it may not have called Run yet
 	}
 	p.state = stopping
-	p.sockets.replace(nil) // no connection is to wait in the accept queue of a stopped service
+	p.replace(nil) // no connection is to wait in the accept queue of a stopped service
 	p.serving.stop(sig)
 }
 
