@@ -36,8 +36,9 @@
 //
 // Send signals to the parent, whose process ID is [Process.Pid]. SIGINT and SIGTERM stop the
 // service; a second one kills it, unless it comes within 100 ms, as with timeout, npm or Ctrl+C.
-// If the serving process is signaled itself, the service is stopped too. SIGUSR2 has an effect
-// once Run has called serve; before the Go runtime has started, it kills the process.
+// If the serving process is signaled itself, the service is stopped too, unless it is replaced at
+// that time. SIGUSR2 has an effect once Run has called serve; before the Go runtime has started,
+// it kills the process.
 //
 // After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
 // example, on to the serving process, which therefore gets one for the whole process group
@@ -56,11 +57,12 @@
 //	ExecReload=/bin/kill -USR2 $MAINPID
 //
 // With it, systemctl reload restarts the server; the log shows whether that has failed. Other
-// commands are sv 2 server (runit), supervisorctl signal USR2 server, and docker kill --signal
-// USR2 server. Not supported are Type=notify-reload (use notify) and WatchdogSec: systemd expects
-// their notifications from the parent, which sends none. With NotifyAccess=all, children can send
-// others. With a socket unit (ListenStream=8080), systemctl restart refuses no connection either:
-// they stay in the accept queue until the next start.
+// commands are sv 2 server (runit), s6-svc -2 server, supervisorctl signal USR2 server, and
+// docker kill --signal USR2 server. Not supported are Type=notify-reload (use notify) and
+// WatchdogSec: systemd expects their notifications from the parent, which sends none. With
+// NotifyAccess=all, children can send others. With a socket unit (ListenStream=8080), systemctl
+// restart refuses no connection either: they stay in the accept queue until the next start. But
+// systemd closes the socket if there are more starts than StartLimitBurst.
 //
 // # Limitations
 //
@@ -134,25 +136,25 @@ type role interface {
 // then exits with a status other than 0, Run calls os.Exit with the same status in the parent. A
 // new process that is not ready is killed a second after the serving process has exited. On a
 // second SIGINT or SIGTERM, Run kills the children and calls os.Exit(1). The program may be
-// notified of all signals that Run handles, but must not call [os/signal.Reset] or [os/signal.Ignore]
-// for them.
+// notified of all signals that Run handles, but must not call [os/signal.Reset] or
+// [os/signal.Ignore] for them.
 //
 // On SIGUSR2, Run starts a new process, with the sockets that Listen keeps. Once that has called
 // Ready, ctx is done in the serving process, and an error that serve returns there is reported.
 // If SIGUSR2 arrives while the parent or a new process is not ready, that is reported, and it
 // takes effect later.
 //
-// If the new process cannot be started or exits, if it is not ready within a minute (then it is
-// killed), or if the parent cannot receive its sockets, the reason is reported, and the serving
-// process keeps serving. Reports are printed with package log. Nothing waits for that: if it takes
-// more than a second, the process may exit without the last ones.
+// A restart fails if the new process cannot be started or exits, if it is not ready within a
+// minute (then it is killed), or if the parent cannot receive its sockets. Then the reason is
+// reported, and the serving process keeps serving. Reports are printed with package log. Nothing
+// waits for that: if it takes more than a second, the process may exit without the last ones.
 //
-// If serve returns before ctx is done in the serving process, the service stops. If that
-// process is a child, Run returns an error in the parent, unless the exit status of the child
-// is 0, or unknown because something else has waited for it.
+// If serve returns before ctx is done in the serving process, the service stops. If that is a
+// child, Run returns an error in the parent, unless the child's exit status is 0, or unknown
+// because something else has waited for it.
 //
-// Run also disables SIGPIPE, so that a write to a closed pipe returns an error even on
-// standard output, and a program in a pipeline can shut down gracefully after Ctrl+C.
+// Run also disables SIGPIPE, so that a program in a pipeline can shut down gracefully after
+// Ctrl+C: a write to a closed pipe returns an error even on standard output.
 func Run(serve func(ctx context.Context, p *Process) error) error {
 	p := &Process{role: newRole()}
 	return p.role.run(func(ctx context.Context) error { return serve(ctx, p) })
@@ -168,8 +170,8 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // each network, ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
 // Sockets of socket activation that are not TCP listeners are closed.
 //
-// Call Listen before Ready: it keeps a duplicate of the socket for the next new process, but not
-// of a socket that it returns later, which that process would find in use. So the port stays
+// Call Listen before Ready: it keeps a duplicate of the socket for the next new process. It keeps
+// none of a socket that it returns later, which that process would find in use. So the port stays
 // open, even if the caller closes the listener, until the service is stopped or a new process has
 // called Ready without having called Listen for it. The latter resets the connections in the
 // accept queue.
@@ -245,8 +247,8 @@ func (e signalError) Error() string { return e.String() }
 // signaled alone and with its group, as by timeout, or as an effect of Ctrl+C by npm and its like.
 const mergeTimeout = 100 * time.Millisecond
 
-// onStopSignals calls stop on the first SIGINT or SIGTERM and kill on the second, until the function
-// that it returns is called.
+// onStopSignals calls stop on the first SIGINT or SIGTERM and kill on the second, until the
+// function that it returns is called.
 func onStopSignals(stop func(os.Signal), kill func()) (end func()) {
 	signals := make(chan os.Signal, 2)
 	notify(signals, os.Interrupt, syscall.SIGTERM)
