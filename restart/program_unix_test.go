@@ -38,8 +38,7 @@ const (
 	hangs       = "hangs"       // and prints a line before
 	helper      = "helper"      // starts a process, which keeps running
 	changes     = "changes"     // its arguments, environment and directory
-	logs        = "logs"        // to standard output
-	logsSlowly  = "logsSlowly"  // to standard error
+	logsSlowly  = "logsSlowly"  // to standard output
 	ignoresCHLD = "ignoresCHLD" // SIGCHLD
 	reaps       = "reaps"       // waits for all children
 	signals     = "signals"     // prints SIGHUP and SIGUSR1
@@ -134,11 +133,8 @@ func (in *instance) prepare() {
 		check(os.Setenv("PATH", ""))
 		check(os.Chdir("/"))
 	}
-	if in.has(logs) {
-		log.SetOutput(os.Stdout)
-	}
 	if in.has(logsSlowly) {
-		log.SetOutput(slowWriter{os.Stderr})
+		log.SetOutput(slowWriter{in.name})
 	}
 	if in.has(ignoresCHLD) {
 		signal.Ignore(syscall.SIGCHLD)
@@ -363,13 +359,6 @@ func (in *instance) handler() http.Handler {
 			}
 		}
 	})
-	mux.HandleFunc("/stdin", func(w http.ResponseWriter, _ *http.Request) {
-		line, _ := in.stdin.ReadString('\n')
-		fmt.Fprint(w, line)
-	})
-	mux.HandleFunc("/stderr", func(http.ResponseWriter, *http.Request) {
-		fmt.Fprintln(os.Stderr, in.name, "writes to standard error")
-	})
 	mux.HandleFunc("/write", func(w http.ResponseWriter, r *http.Request) {
 		fd, err := strconv.Atoi(r.FormValue("descriptor"))
 		check(err)
@@ -404,11 +393,13 @@ func (in *instance) handler() http.Handler {
 	return mux
 }
 
-type slowWriter struct{ io.Writer }
+// A slowWriter is the log of a version.
+type slowWriter struct{ name string }
 
 func (w slowWriter) Write(text []byte) (int, error) {
 	time.Sleep(100 * time.Millisecond)
-	return w.Writer.Write(text)
+	fmt.Printf("%s logs: %s", w.name, text)
+	return len(text), nil
 }
 
 func check(err error) {

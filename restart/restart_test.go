@@ -34,12 +34,6 @@ func TestListenAndReadyWithoutAParent(t *testing.T) {
 		p.Ready()
 		tcptest.RequireClient(t, tcptest.Dial(t, l), tcptest.Accept(l))
 		assert.NoError(t, ctx.Err())
-		return nil
-	}))
-}
-
-func TestPidIsThatOfTheOnlyProcess(t *testing.T) {
-	require.NoError(t, restart.Run(func(_ context.Context, p *restart.Process) error {
 		assert.Equal(t, os.Getpid(), p.Pid())
 		return nil
 	}))

@@ -21,7 +21,7 @@ import (
 )
 
 var (
-	sequencesFlag = flag.Duration("sequences", 4*time.Second, "for how long to try random `sequences`")
+	sequencesFlag = flag.Duration("sequences", 3*time.Second, "for how long to try random `sequences`")
 	seedFlag      = flag.Uint64("seed", 0, "repeat the random sequence with this `seed`")
 )
 

@@ -36,35 +36,10 @@ func TestAllListenersAreInherited(t *testing.T) {
 	s.stop(t, "4")
 }
 
+// The old process, which still handles a request, keeps no duplicate either.
 func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1", on("tcp,127.0.0.1:0", "tcp,localhost:0"))
-	all := s.addrs
-	s.addrs = all[:1]
-	s.restart(t, "1", "2,"+listensLess)
-	tcptest.AwaitRefused(t, all[1])
-	require.Equal(t, "2", getFrom(t, all[0], "/"))
-
-	s.install(t, "3,"+listensMore)
-	s.Next(t)
-	more := s.requireReady(t, "3")
-	s.RequireLines(t, "2 replaced: user defined signal 2")
-	require.Len(t, more, 3)
-	s.addrs = more
-	s.restart(t, "3", "4,"+listensMore)
-	for _, addr := range more {
-		require.Equal(t, "4", getFrom(t, addr, "/"))
-	}
-	s.stop(t, "4")
-	for _, addr := range more {
-		tcptest.AwaitRefused(t, addr)
-	}
-}
-
-// The old process still handles a request.
-func TestOldProcessKeepsNoDuplicate(t *testing.T) {
-	t.Parallel()
-	s := start(t, "1", on("tcp,127.0.0.1:0", "tcp,127.0.0.1:0"))
 	all := s.addrs
 	s.restart(t, "1", "2")
 	inFlight := s.startRequest(t)
@@ -72,7 +47,22 @@ func TestOldProcessKeepsNoDuplicate(t *testing.T) {
 	s.restart(t, "2", "3,"+listensLess)
 	tcptest.AwaitRefused(t, all[1])
 	inFlight.Finish(t, "2")
-	s.stop(t, "3")
+	require.Equal(t, "3", getFrom(t, all[0], "/"))
+
+	s.install(t, "4,"+listensMore)
+	s.Next(t)
+	more := s.requireReady(t, "4")
+	s.RequireLines(t, "3 replaced: user defined signal 2")
+	require.Len(t, more, 3)
+	s.addrs = more
+	s.restart(t, "4", "5,"+listensMore)
+	for _, addr := range more {
+		require.Equal(t, "5", getFrom(t, addr, "/"))
+	}
+	s.stop(t, "5")
+	for _, addr := range more {
+		tcptest.AwaitRefused(t, addr)
+	}
 }
 
 func TestListenAfterReadyKeepsNoDuplicate(t *testing.T) {
@@ -92,25 +82,6 @@ func TestNetworkOfASpecificAddressDoesNotMatter(t *testing.T) {
 	s.restart(t, "1", "2,"+listensTCP4)
 	s.restart(t, "2", "3")
 	s.stop(t, "3")
-}
-
-// Between a wildcard address and a specific one, a restart fails.
-func TestNetworkOfAWildcardAddressMatters(t *testing.T) {
-	t.Parallel()
-	l, err := net.Listen("tcp", ":0")
-	require.NoError(t, err)
-	defer l.Close()
-	if l.Addr().(*net.TCPAddr).IP.To4() != nil {
-		t.Skip("no IPv6: tcp and tcp4 are the same")
-	}
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	require.NoError(t, err)
-	s := start(t, "1", on("tcp,:"+port), activated(t, "$$", l.(*net.TCPListener)))
-	s.install(t, "2,"+listensTCP4)
-	s.awaitReport(t, 1, "listen tcp4 :"+port+": bind: address already in use")
-	s.awaitReport(t, 2, "restart: not restarted: "+
-		"process [0-9]+ exited before it was ready: exit status 1")
-	s.stop(t, "1")
 }
 
 func TestListenConfigCreatesTheSocketsThatAreNotInherited(t *testing.T) {
@@ -163,74 +134,20 @@ func TestSocketActivationOfAnotherProcessIsIgnored(t *testing.T) {
 	assert.Contains(t, s.Errors(t), "address already in use")
 }
 
-func TestSocketActivationMatchesTheAddress(t *testing.T) {
-	t.Parallel()
-	l := tcptest.Listen(t)
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	require.NoError(t, err)
-	s := launch(t, "1", on("tcp,:"+port), activated(t, "$$", l))
-	assert.NotContains(t, s.Line(t), "127.0.0.1") // most systems report that the port is in use
-}
-
-func TestSocketActivationMatchesTheNetwork(t *testing.T) {
-	t.Parallel()
-	l, err := net.Listen("tcp4", ":0")
-	require.NoError(t, err)
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	require.NoError(t, err)
-	s := launch(t, "1", on("tcp6,[::]:"+port), activated(t, "$$", l.(*net.TCPListener)))
-	line := s.Line(t)
-	if line == "EOF" {
-		t.Skip("no IPv6: ", s.Errors(t))
-	}
-	assert.Equal(t, "1 ready [::]:"+port, line)
-}
-
-func TestSocketActivationMatchesAWildcardWithoutAnAddress(t *testing.T) {
-	t.Parallel()
-	l, err := net.Listen("tcp", ":0")
-	require.NoError(t, err)
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	require.NoError(t, err)
-	start(t, "1", on("tcp,:"+port), activated(t, "$$", l.(*net.TCPListener)))
-	require.Equal(t, "1", getFrom(t, "127.0.0.1:"+port, "/"))
-}
-
-func TestInheritedSocketsThatListenDoesNotReturnAreClosed(t *testing.T) {
-	t.Parallel()
-	used, unused := tcptest.Listen(t), tcptest.Listen(t)
-	s := start(t, "1", on("tcp,"+used.Addr().String()), activated(t, "$$", unused, used))
-	require.NoError(t, unused.Close())
-	tcptest.AwaitRefused(t, unused.Addr().String())
-	require.Equal(t, "1", s.get(t, "/"))
-}
-
 // With Accept=yes, systemd passes a connected socket, with the address of its listener.
-func TestConnectedSocketIsNotInherited(t *testing.T) {
-	t.Parallel()
-	l := tcptest.Listen(t)
-	tcptest.Dial(t, l)
-	connected, err := l.Accept()
-	require.NoError(t, err)
-	defer connected.Close()
-	s := launch(t, "1", on("tcp,"+l.Addr().String()),
-		activated(t, "$$", connected.(*net.TCPConn)))
-	s.RequireStatus(t, 1)
-	assert.Contains(t, s.Errors(t), "address already in use")
-}
-
 func TestSocketsThatAreNotTCPListenersAreClosed(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
 	client := tcptest.Dial(t, l)
 	connected, err := l.Accept()
 	require.NoError(t, err)
+	require.NoError(t, l.Close())
 	unix, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
 	require.NoError(t, err)
 	unix.(*net.UnixListener).SetUnlinkOnClose(false)
-	start(t, "1", activated(t, "$$", connected.(*net.TCPConn), unix.(*net.UnixListener)))
+	s := start(t, "1", on("tcp,"+l.Addr().String()),
+		activated(t, "$$", connected.(*net.TCPConn), unix.(*net.UnixListener)))
+	require.Equal(t, "1", s.get(t, "/"))
 
 	require.NoError(t, connected.Close())
 	require.NoError(t, client.SetReadDeadline(time.Now().Add(tcptest.Patience)))
@@ -262,25 +179,13 @@ func TestDescriptorsThatAreNotSocketsAreLeftAlone(t *testing.T) {
 	assert.Equal(t, "text", string(text), "what the pipe has received")
 }
 
-func TestHelperProcessesDoNotInheritActivatedSockets(t *testing.T) {
-	t.Parallel()
-	l := tcptest.Listen(t)
-	s := launch(t, "1,"+helper, on("tcp,"+l.Addr().String()), activated(t, "$$", l))
-	pid := s.requireHelper(t)
-	s.requireReady(t, "1")
-	require.NoError(t, l.Close())
-	s.signal(t, syscall.SIGTERM)
-	s.RequireStatus(t, 0)
-	tcptest.AwaitRefused(t, l.Addr().String())
-	require.NoError(t, syscall.Kill(pid, 0), "the helper is not running")
-}
-
 // The variables are for this process only.
-func TestVariablesAreTakenOutOfTheEnvironment(t *testing.T) {
+func TestVariablesOfSocketActivationAreTakenOutOfTheEnvironment(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
-	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
-	assert.Empty(t, s.get(t, "/variables"))
+	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l),
+		with("LISTEN_PIDFDID=2", "LISTEN_FDNAMES=a", "LISTEN_ADDR=of the program"))
+	assert.Equal(t, "LISTEN_ADDR=of the program\n", s.get(t, "/variables"))
 	s.restart(t, "1", "2")
-	assert.Empty(t, s.get(t, "/variables"))
+	assert.Equal(t, "LISTEN_ADDR=of the program\n", s.get(t, "/variables"))
 }
