@@ -3,6 +3,7 @@ package httpdrain_test
 import (
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"syscall"
@@ -17,7 +18,10 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-func init() { programs["listener"] = ExampleListener }
+func init() {
+	programs["listener"] = ExampleListener
+	programs["reverse proxy"] = Example_reverseProxy
+}
 
 // startExample starts one of the programs, with these variables and a free port in PORT. It
 // returns when the program listens there.
@@ -59,10 +63,12 @@ func port(addr string) string {
 func TestExamplesFailNoRequestUnderLoad(t *testing.T) {
 	tcptest.RequireRefusal(t)
 	t.Parallel()
-	for _, name := range []string{"listener"} {
+	backend := httptest.NewServer(hello)
+	t.Cleanup(backend.Close)
+	for _, name := range []string{"listener", "reverse proxy"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p, addr := startExample(t, name)
+			p, addr := startExample(t, name, "BACKEND="+backend.URL)
 			wait := httpload.PostUntilError("http://"+addr, 16, func(i int) *http.Client {
 				return httpclient.NewClient(nil, false, i%2 == 0)
 			})
@@ -72,4 +78,29 @@ func TestExamplesFailNoRequestUnderLoad(t *testing.T) {
 			assert.Empty(t, p.Errors(t))
 		})
 	}
+}
+
+// Clients reject an informational response with Connection: close.
+func TestExampleForwardsEarlyHints(t *testing.T) {
+	t.Parallel()
+	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusEarlyHints)
+		hello(w, r)
+	}))
+	t.Cleanup(backend.Close)
+	p, addr := startExample(t, "reverse proxy", "BACKEND="+backend.URL)
+	c := httpclient.Dial(t, addr, nil)
+	requireHints := func() {
+		c.Get(t, "/")
+		hints, _ := c.Response(t)
+		require.Equal(t, http.StatusEarlyHints, hints.StatusCode)
+		assert.False(t, hints.Close, "Early Hints carry Connection: close")
+	}
+	requireHints()
+	c.Response(t)
+	proctest.Signal(t, p.Process, syscall.SIGTERM)
+	tcptest.AwaitRefused(t, addr)
+	requireHints()
+	c.RequireLastResponse(t, "Hello")
+	p.RequireStatus(t, 0)
 }
