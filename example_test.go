@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/c2db162c/stoppablelistener"
 )
@@ -157,6 +158,45 @@ func (Greeter) Greet(name string, reply *string) error {
 	*reply = "Hello " + name + "!"
 	return nil
 }
+
+// Without Drain, GracefulStop of a gRPC server resets the connections in the accept queue. It also
+// closes those that Serve has accepted just before, which matters most after a restart.
+func Example_gRPC() {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	sl, err := stoppablelistener.New(l)
+	if err != nil {
+		log.Fatal(err)
+	}
+
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, sl.Drain)
+	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
+
+	go cancel() // in this example only, instead of Ctrl+C
+
+	server := new(grpcServer) // grpc.NewServer(), with its services
+	if err := server.Serve(sl); !errors.Is(err, stoppablelistener.StoppedError) {
+		log.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)          // for handshakes on the last connections
+	time.AfterFunc(10*time.Second, server.Stop) // aborts the calls that take longer
+	server.GracefulStop()
+	fmt.Println("stopped")
+
+	// Output:
+	// stopped
+}
+
+// A grpcServer stands for the type of package google.golang.org/grpc, which this module does not
+// require.
+type grpcServer struct{ http.Server }
+
+func (s *grpcServer) GracefulStop() { _ = s.Shutdown(context.Background()) }
+
+func (s *grpcServer) Stop() { _ = s.Close() }
 
 // The error of New names the type of the listener that it cannot wrap.
 func ExampleNew() {
