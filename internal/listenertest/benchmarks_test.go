@@ -10,10 +10,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"slices"
@@ -30,49 +28,32 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, 1) }
-
-func BenchmarkAcceptParallel(b *testing.B) { benchmarkAccept(b, 4) }
-
-// benchmarkAccept takes connections from a filled accept queue in several goroutines.
-func benchmarkAccept(b *testing.B, acceptors int) {
+// BenchmarkAccept takes connections from a filled accept queue.
+func BenchmarkAccept(b *testing.B) {
 	const pending = 100 // less than the backlog
 	blockInRead(b)
 	b.StopTimer() // it runs only while connections are accepted
-	times, allocs := samples{}, samples{}
+	times := samples{}
 	for i := range b.N {
 		for _, variant := range inTurn(i, variants...) {
 			raw := tcptest.Listen(b)
 			l, _ := variant.wrap(b, raw)
-			clients := make([]net.Conn, pending)
+			clients, conns := make([]net.Conn, pending), make([]net.Conn, pending)
 			for c := range clients {
 				clients[c] = tcptest.DialOnce(b, l)
 			}
-			conns := make([]net.Conn, pending)
-			start := make(chan struct{})
-			var done sync.WaitGroup
-			for a := 1; a < acceptors; a++ {
-				done.Add(1)
-				go func() {
-					defer done.Done()
-					<-start
-					acceptInto(b, l, conns, a, acceptors)
-				}()
-			}
-
-			var before, after runtime.MemStats
-			runtime.ReadMemStats(&before)
 			b.StartTimer()
-			started := time.Now()
-			close(start)
-			acceptInto(b, l, conns, 0, acceptors)
-			done.Wait()
-			elapsed := time.Since(started)
+			start := time.Now()
+			for c := range conns {
+				conn, err := l.Accept()
+				if err != nil {
+					b.Fatal(err)
+				}
+				conns[c] = conn
+			}
+			elapsed := time.Since(start)
 			b.StopTimer()
-			runtime.ReadMemStats(&after)
-
 			times.add(variant, float64(elapsed.Nanoseconds())/pending)
-			allocs.add(variant, float64(after.Mallocs-before.Mallocs)/pending)
 			for c := range conns {
 				clients[c].Close()
 				conns[c].Close()
@@ -81,73 +62,50 @@ func benchmarkAccept(b *testing.B, acceptors int) {
 		}
 	}
 	times.report(b, "ns/accept", 0.5)
-	allocs.report(b, "allocs/accept", 0.5)
 	times.reportRatio(b, "ours/plain", 0.5)
 }
 
-// acceptInto accepts every step-th connection.
-func acceptInto(b *testing.B, l net.Listener, conns []net.Conn, from, step int) {
-	for i := from; i < len(conns); i += step {
-		conn, err := l.Accept()
-		if err != nil {
-			b.Error(err)
-			return
-		}
-		conns[i] = conn
-	}
-}
-
 // BenchmarkStop measures the time from the call of Stop, or of Close for the plain listener, to
-// the return of the last blocked Accept.
+// the return of a blocked Accept.
 func BenchmarkStop(b *testing.B) {
-	for _, blocked := range []int{1, 10, 100} {
-		b.Run(fmt.Sprintf("blocked=%d", blocked), func(b *testing.B) {
-			blockInRead(b)
-			times := samples{}
-			for i := range b.N {
-				for _, variant := range inTurn(i, plain, ours) {
-					settle := func() { tcptest.AwaitAcceptors(b, blocked) }
-					times.add(variant, float64(timeStop(b, variant, blocked, settle)))
-				}
-			}
-			b.StopTimer()
-			if b.N > 1 { // in the first run, the testing package only estimates b.N
-				for _, took := range timeClassicStops(b, blocked) {
-					times.add(classic, float64(took))
-				}
-			}
-			times.report(b, "p50-ns", 0.5)
-			times.report(b, "p99-ns", 0.99)
-			times.reportRatio(b, "p50-ours/plain", 0.5)
-		})
+	blockInRead(b)
+	times := samples{}
+	for i := range b.N {
+		for _, variant := range inTurn(i, plain, ours) {
+			settle := func() { tcptest.AwaitAcceptors(b, 1) }
+			times.add(variant, float64(timeStop(b, variant, settle)))
+		}
 	}
+	b.StopTimer()
+	if b.N > 1 { // in the first run, the testing package only estimates b.N
+		for _, took := range timeClassicStops(b) {
+			times.add(classic, float64(took))
+		}
+	}
+	times.report(b, "p50-ns", 0.5)
+	times.report(b, "p99-ns", 0.99)
+	times.reportRatio(b, "p50-ours/plain", 0.5)
 }
 
-// timeStop stops goroutines that are blocked in Accept, once settle has returned.
-func timeStop(b *testing.B, variant variant, blocked int, settle func()) time.Duration {
+// timeStop stops a goroutine that is blocked in Accept, once settle has returned.
+func timeStop(b *testing.B, variant variant, settle func()) time.Duration {
 	raw := tcptest.Listen(b)
 	defer raw.Close()
 	l, stop := variant.wrap(b, raw)
-	returned := make(chan time.Time, blocked)
-	for range blocked {
-		go func() {
-			_, _ = l.Accept()
-			returned <- time.Now()
-		}()
-	}
+	returned := make(chan time.Time, 1)
+	go func() {
+		_, _ = l.Accept()
+		returned <- time.Now()
+	}()
 	settle()
 	start := time.Now()
 	stop()
-	var last time.Duration
-	for range blocked {
-		last = max(last, (<-returned).Sub(start))
-	}
-	return last
+	return (<-returned).Sub(start)
 }
 
 // timeClassicStops stops many listeners of the classic design in parallel, each at a random
 // time of its poll.
-func timeClassicStops(b *testing.B, blocked int) []time.Duration {
+func timeClassicStops(b *testing.B) []time.Duration {
 	took := make([]time.Duration, 50)
 	var stops sync.WaitGroup
 	for i := range took {
@@ -155,7 +113,7 @@ func timeClassicStops(b *testing.B, blocked int) []time.Duration {
 		go func() {
 			defer stops.Done()
 			phase := rand.N(time.Second)
-			took[i] = timeStop(b, classic, blocked, func() { time.Sleep(phase) })
+			took[i] = timeStop(b, classic, func() { time.Sleep(phase) })
 		}()
 	}
 	stops.Wait()
@@ -234,32 +192,6 @@ func countDropped(b *testing.B, variant variant, stops int) int64 {
 	}
 	raw.Close()
 	return dropped.Load()
-}
-
-// BenchmarkServe measures whole HTTP requests to an http.Server, each on a connection of its own.
-func BenchmarkServe(b *testing.B) {
-	const requests = 20
-	blockInRead(b)
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	times := samples{}
-	for i := range b.N {
-		for _, variant := range inTurn(i, variants...) {
-			l, _ := variant.wrap(b, tcptest.Listen(b))
-			server := http.Server{Handler: http.NotFoundHandler()}
-			served := make(chan error, 1)
-			go func() { served <- server.Serve(l) }()
-			tcptest.Get(b, client, l) // wait until the server serves
-			start := time.Now()
-			for range requests {
-				tcptest.Get(b, client, l)
-			}
-			times.add(variant, float64(time.Since(start).Nanoseconds())/requests)
-			server.Close()
-			<-served
-		}
-	}
-	times.report(b, "ns/request", 0.5)
-	times.reportRatio(b, "ours/plain", 0.5)
 }
 
 // BenchmarkIdle counts how often a goroutine that is blocked in Accept wakes up in a minute.
