@@ -176,11 +176,11 @@ const (
 func TestAcceptWaitsForHandshakesAfterDrain(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
-	lasts := 1200 * time.Millisecond
-	if testing.Short() {
-		lasts = tcptest.BlindWait * 3 / 2
-	}
 	for name, k := range kinds {
+		lasts := tcptest.BlindWait * 3 / 2
+		if name == "TCP" && !testing.Short() {
+			lasts = 1200 * time.Millisecond
+		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			retryIfLate(t, func() (inTime bool) {
@@ -233,20 +233,22 @@ func TestAcceptWaitsForManyHandshakesAfterDrain(t *testing.T) {
 		}
 		start := time.Now()
 		sl.Drain()
-		waiting := tcptest.AcceptMany(sl, len(clients)+1)
-		time.Sleep(tcptest.BlindWait / 4)
+		waiting := tcptest.Accept(sl)
+		time.Sleep(tcptest.BlindWait / 4) // Accept looks for the first time
 		late := func() bool { return time.Since(start) > maxHandshake*9/10 }
 		for _, client := range clients[1:] {
 			if late() {
 				return false
 			}
 			requireServed(t, client, waiting)
+			waiting = tcptest.Accept(sl)
 		}
 		time.Sleep(tcptest.BlindWait) // Accept looks again
 		if late() {
 			return false
 		}
-		requireLastServed(t, clients[0], waiting)
+		requireServed(t, clients[0], waiting)
+		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 		return true
 	})
 }
@@ -257,7 +259,7 @@ func TestHandshakesThatCompleteAtTheEndOfDrain(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
 	k := kinds["TCP"]
-	for range 1 + tcptest.Rounds(20) {
+	for range 4 {
 		const n = 16
 		done := make(chan error, n)
 		for i := range n {
@@ -294,7 +296,7 @@ func TestAcceptDoesNotWaitLongForAHandshakeThatNeverCompletes(t *testing.T) {
 	kinds["TCP"].startHandshake(t, addr)
 	sl.Drain()
 	defer tcptest.Loop(t, 1, func() bool {
-		time.Sleep(time.Millisecond)
+		time.Sleep(10 * time.Millisecond)
 		sl.Drain() // postpones nothing
 		return true
 	})()
@@ -325,20 +327,21 @@ func TestDrainEndsAtOnceIfNoHandshakeIsToBeWaitedFor(t *testing.T) {
 				tcptest.SkipIfShort(t, "takes more than three seconds")
 			}
 			t.Parallel()
-			sls := make([]*stoppablelistener.StoppableListener, 3)
-			for i := range sls {
-				sls[i] = tcptest.Wrap(t, tcptest.Listen(t))
-				tt.connect(t, sls[i].TCPListener)
-			}
-			time.Sleep(tt.age)
 			var took []time.Duration
-			for _, sl := range sls {
+			for range 5 {
+				l := tcptest.Listen(t)
+				sl := tcptest.Wrap(t, l)
+				tt.connect(t, l)
+				time.Sleep(tt.age)
 				start := time.Now()
 				sl.Drain()
 				tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
 				took = append(took, time.Since(start))
+				if took[len(took)-1] < tcptest.BlindWait {
+					return
+				}
 			}
-			require.Less(t, slices.Min(took), tcptest.BlindWait, "drains took %v", took)
+			require.Fail(t, "no drain ends at once", "they took %v", took)
 		})
 	}
 }
@@ -389,34 +392,43 @@ func TestStopAndCloseInterruptADrainThatWaits(t *testing.T) {
 	}
 }
 
-// A deadline does not end the wait for a handshake, nor does a call of SetDeadline.
-func TestDeadlineDoesNotCountWhileADrainWaits(t *testing.T) {
-	t.Parallel()
+// Without a descriptor, the kernel cannot be asked for handshakes. That lasts longer here than
+// Accept waits if it can never be asked. The limit is that of this process.
+func TestNoDescriptorIsFreeDuringAHandshake(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes half a second")
 	tcptest.RequireRefusal(t)
-	for name, deadline := range map[string]time.Duration{
-		"past": -time.Hour, "near": tcptest.BlindWait / 10, "far": time.Hour,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			retryIfLate(t, func() (inTime bool) {
-				l, addr := kinds["TCP"].listenDeferred(t)
-				sl := tcptest.Wrap(t, l)
-				client := kinds["TCP"].startHandshake(t, addr)
-				require.NoError(t, sl.SetDeadline(time.Now().Add(deadline)))
-				start := time.Now()
-				sl.Drain()
-				waiting := tcptest.AcceptMany(sl, 2)
-				tcptest.RequireStoppedError(t, sl.SetDeadline(time.Now().Add(deadline)))
-				time.Sleep(tcptest.BlindWait / 2)
-				if time.Since(start) > maxHandshake*9/10 {
-					return false
+	retryIfLate(t, func() (inTime bool) {
+		l, addr := kinds["TCP"].listenDeferred(t)
+		sl := tcptest.Wrap(t, l)
+		client := kinds["TCP"].startHandshake(t, addr)
+		var inTimeAll bool
+		t.Run("", func(t *testing.T) { // which restores the limit
+			files := useUpDescriptors(t)
+			start := time.Now()
+			sl.Drain()
+			waiting := make(chan tcptest.Accepted, 1)
+			go func() {
+				for {
+					conn, err := sl.Accept()
+					if errors.Is(err, syscall.EMFILE) {
+						time.Sleep(time.Millisecond)
+						continue
+					}
+					waiting <- tcptest.Accepted{Conn: conn, Err: err}
+					return
 				}
-				requireNotYet(t, waiting, "the handshake")
-				requireLastServed(t, client, waiting)
-				return true
-			})
+			}()
+			time.Sleep(tcptest.BlindWait * 3 / 2)
+			for _, file := range files[:3] {
+				require.NoError(t, file.Close())
+			}
+			if inTimeAll = time.Since(start) < maxHandshake*9/10; inTimeAll {
+				requireServed(t, client, waiting)
+				tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
+			}
 		})
-	}
+		return inTimeAll
+	})
 }
 
 // Without the list of handshakes, Accept waits for a time, and then until the queue is empty.
@@ -467,28 +479,6 @@ func requireBlindDrain(t *testing.T, prepare func() error) {
 		}
 		return nil
 	})
-}
-
-func TestDrainLeaksNoDescriptor(t *testing.T) {
-	tcptest.RequireRefusal(t)
-	descriptors := func() int {
-		entries, err := os.ReadDir("/proc/self/fd")
-		require.NoError(t, err)
-		return len(entries)
-	}
-	drain := func() {
-		l := tcptest.Listen(t)
-		sl := tcptest.Wrap(t, l)
-		sl.Drain()
-		tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-		require.NoError(t, l.Close())
-	}
-	drain()
-	before := descriptors()
-	for range 10 {
-		drain()
-	}
-	require.LessOrEqual(t, descriptors(), before, "open descriptors after ten drains")
 }
 
 // If the kernel dropped the SYN, the client would send it again a second later.
@@ -579,9 +569,14 @@ func TestDrainOfInstancesAtTheSameAddressFailsNoClient(t *testing.T) {
 			return false
 		}
 		defer conn.Close()
-		time.Sleep(100 * time.Millisecond) // in the handshake
+		start := time.Now()
+		time.Sleep(300 * time.Millisecond) // in the handshake
+		err = exchange(conn, "request")
+		if time.Since(start) > maxHandshake*9/10 {
+			return true // the machine is busy
+		}
 		served.Add(1)
-		return assert.NoError(t, exchange(conn, "request"), "a connection has no response")
+		return assert.NoError(t, err, "a connection has no response")
 	})
 	await := func(n int64) {
 		t.Helper()
@@ -590,9 +585,9 @@ func TestDrainOfInstancesAtTheSameAddressFailsNoClient(t *testing.T) {
 	}
 	var took []time.Duration
 	for range 4 {
-		await(50)
+		await(20)
 		next, nextReturned := start()
-		await(50)
+		await(20)
 		start := time.Now()
 		sl.Drain()
 		err := tcptest.Receive(t, returned, "return of the accept loop after Drain")
@@ -600,36 +595,20 @@ func TestDrainOfInstancesAtTheSameAddressFailsNoClient(t *testing.T) {
 		tcptest.RequireStoppedError(t, err)
 		sl, returned = next, nextReturned
 	}
-	await(50)
+	await(20)
 	stopLoad() // waits for the clients that send a SYN again
 
-	require.Less(t, slices.Min(took), tcptest.BlindWait, "drains took %v", took)
+	require.Less(t, slices.Min(took), soon, "drains took %v", took)
 }
 
 // Accept keeps returning connections for some time, but not forever.
 func TestConnectionsThatASocketBoundToADeviceDoesNotRefuse(t *testing.T) {
 	t.Parallel()
-	sl, drain := wrapBoundToDevice(t)
-	tcptest.RequireAcceptsUntilStopped(t, sl, drain)
-}
-
-func TestSlowLoopOnASocketBoundToADevice(t *testing.T) {
-	t.Parallel()
-	sl, drain := wrapBoundToDevice(t)
-	drain()
-	tcptest.Dial(t, sl) // not refused
-	time.Sleep(tcptest.BlindWait * 6 / 5)
-	tcptest.RequireDrained(t, tcptest.Accept(sl), 1) // the time is counted from Drain
-}
-
-// wrapBoundToDevice wraps a socket. The drain that it returns calls Drain, which cannot make
-// the system refuse connections there.
-func wrapBoundToDevice(t *testing.T) (sl *stoppablelistener.StoppableListener, drain func()) {
 	lo, err := net.InterfaceByName("lo")
 	require.NoError(t, err)
 	l, _ := kinds["TCP"].listen(t, syscall.SOL_SOCKET, soBindToIfindex, lo.Index)
-	sl = tcptest.Wrap(t, l)
-	return sl, func() { withoutCapabilities(t, sl.Drain) }
+	sl := tcptest.Wrap(t, l)
+	tcptest.RequireAcceptsUntilStopped(t, sl, func() { withoutCapabilities(t, sl.Drain) })
 }
 
 // withoutCapabilities calls f in a thread that has no capabilities, and ends with its goroutine.

@@ -1,11 +1,11 @@
 package listenertest_test
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -17,7 +17,7 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-func init() { programs["share"] = share }
+func init() { programs["share"], programs["suspended"] = share, suspended }
 
 // share accepts connections from the inherited socket, and stops when it reads a line.
 func share() {
@@ -44,11 +44,7 @@ func TestAcceptInAnotherProcessWaitsForStopAfterDrain(t *testing.T) {
 	file, err := sl.File()
 	require.NoError(t, err)
 	defer file.Close()
-	cmd := exec.Command(proctest.Self(t), "share")
-	cmd.ExtraFiles = []*os.File{file}
-	stdin, err := cmd.StdinPipe()
-	require.NoError(t, err)
-	p := proctest.Start(t, cmd)
+	p, stdin := start(t, "share", file)
 	p.RequireLines(t, "blocked")
 	sl.Drain()
 	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
@@ -59,41 +55,46 @@ func TestAcceptInAnotherProcessWaitsForStopAfterDrain(t *testing.T) {
 	p.RequireStatus(t, 0)
 }
 
-// Without a descriptor, the kernel cannot be asked for handshakes. That lasts longer here than
-// Accept waits if it can never be asked. The limit is that of this process.
-func TestNoDescriptorIsFreeDuringAHandshake(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes half a second")
+// suspended drains a listener and suspends the process while Accept waits.
+func suspended() {
+	t := proctest.TB{}
+	runtime.GOMAXPROCS(1)
+	config := withOption(syscall.IPPROTO_TCP, syscall.TCP_DEFER_ACCEPT, 10)
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(context.Background(), "tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	sl := tcptest.Wrap(t, l)
+	fmt.Println(l.Addr())
+	_, _ = fmt.Scanln() // the client has connected
+	accepted := tcptest.Accept(sl)
+	sl.Drain()
+	time.Sleep(tcptest.BlindWait / 5) // Accept has started to wait
+	fmt.Println("suspended")
+	require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGSTOP))
+
+	got := <-accepted
+	require.NoError(t, got.Err, "a connection is pending")
+	echo(t, got.Conn)
+}
+
+// When the process runs again, the deadline has expired and a connection is pending. With
+// GOMAXPROCS=1, Go looks at the deadline first.
+func TestConnectionThatComesWhileTheProcessIsSuspended(t *testing.T) {
+	t.Parallel()
 	tcptest.RequireRefusal(t)
-	retryIfLate(t, func() (inTime bool) {
-		l, addr := kinds["TCP"].listenDeferred(t)
-		sl := tcptest.Wrap(t, l)
-		client := kinds["TCP"].startHandshake(t, addr)
-		var inTimeAll bool
-		t.Run("", func(t *testing.T) { // which restores the limit
-			files := useUpDescriptors(t)
-			start := time.Now()
-			sl.Drain()
-			waiting := make(chan tcptest.Accepted, 1)
-			go func() {
-				for {
-					conn, err := sl.Accept()
-					if errors.Is(err, syscall.EMFILE) {
-						time.Sleep(time.Millisecond)
-						continue
-					}
-					waiting <- tcptest.Accepted{Conn: conn, Err: err}
-					return
-				}
-			}()
-			time.Sleep(tcptest.BlindWait * 3 / 2)
-			for _, file := range files[:3] {
-				require.NoError(t, file.Close())
-			}
-			if inTimeAll = time.Since(start) < maxHandshake*9/10; inTimeAll {
-				requireServed(t, client, waiting)
-				tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-			}
-		})
-		return inTimeAll
-	})
+	p, stdin := start(t, "suspended")
+	client, err := net.Dial("tcp", p.Line(t))
+	require.NoError(t, err)
+	defer client.Close()
+	_, err = fmt.Fprintln(stdin)
+	require.NoError(t, err)
+	p.RequireLines(t, "suspended")
+	_, err = client.Write([]byte("x")) // completes the handshake
+	require.NoError(t, err)
+	time.Sleep(tcptest.BlindWait * 6 / 5)
+	proctest.Signal(t, p.Process, syscall.SIGCONT)
+	_, err = client.Read(make([]byte, 1))
+	require.NoError(t, err, "the client has no response; standard error: %s", p.Errors(t))
+	client.Close()
+	p.RequireStatus(t, 0)
 }

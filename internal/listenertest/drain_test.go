@@ -6,15 +6,12 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
-	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
-	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -126,30 +123,4 @@ func echo(t testing.TB, conn net.Conn) {
 		assert.NoError(t, err, "writing the response")
 	}
 	_, _ = conn.Read(buf)
-}
-
-// The server is that of net/http, and Serve closes the listener when it returns.
-func TestClientsOfAnHTTPServerSeeNothingButRefusal(t *testing.T) {
-	t.Parallel()
-	tcptest.RequireRefusal(t)
-	for range 1 + tcptest.Rounds(2) {
-		l := tcptest.Listen(t)
-		sl := tcptest.Wrap(t, l)
-		handler := func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Connection", "close")
-			_, _ = io.Copy(w, r.Body)
-		}
-		server := &http.Server{Handler: http.HandlerFunc(handler)}
-		defer server.Close()
-		served := make(chan error, 1)
-		go func() { served <- server.Serve(sl) }()
-
-		wait := httpload.PostUntilError("http://"+l.Addr().String(), 16, func(int) *http.Client {
-			return httpclient.NewClient(nil, false, true)
-		})
-		sl.Drain()
-		err := tcptest.Receive(t, served, "return of Serve after Drain")
-		tcptest.RequireStoppedError(t, err)
-		httpload.RequireRefused(t, wait())
-	}
 }

@@ -4,11 +4,9 @@ package listenertest_test
 
 import (
 	"errors"
-	"net"
 	"os"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -26,7 +24,11 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	files := useUpDescriptors(t)
 
 	for range fails {
-		requireNoDescriptor(t, sl)
+		_, err := sl.Accept()
+		require.ErrorIs(t, err, syscall.EMFILE)
+		var temporary interface{ Temporary() bool }
+		require.ErrorAs(t, err, &temporary)
+		require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
 	}
 	fail, failing := tcptest.Countdown(1)
 	returned := make(chan error, 1)
@@ -52,30 +54,6 @@ func TestNoDescriptorIsFree(t *testing.T) {
 	conn.Close()
 }
 
-// An accept loop retries later, which may take longer than Accept waits after Drain.
-func TestNoDescriptorIsFreeAfterDrain(t *testing.T) {
-	tcptest.SkipIfShort(t, "takes a second")
-	tcptest.RequireRefusal(t)
-	l := tcptest.Listen(t)
-	sl := tcptest.Wrap(t, l)
-	first, second := tcptest.Dial(t, l), tcptest.Dial(t, l)
-	files := useUpDescriptors(t)
-	sl.Drain()
-	for range 2 {
-		requireNoDescriptor(t, sl)
-		time.Sleep(tcptest.BlindWait * 6 / 5)
-	}
-	for i, client := range []net.Conn{first, second} {
-		require.NoError(t, files[i].Close())
-		conn := tcptest.Receive(t, tcptest.Accept(sl), "return of Accept")
-		require.NoError(t, conn.Err, "a connection is pending, and a descriptor is free")
-		defer conn.Conn.Close()
-		require.Equal(t, client.LocalAddr().String(), conn.Conn.RemoteAddr().String())
-	}
-	require.NoError(t, files[2].Close()) // before it looks at the queue, Linux needs one
-	tcptest.RequireDrained(t, tcptest.Accept(sl), 1)
-}
-
 // useUpDescriptors lowers the limit of open descriptors of this process until the test ends, and
 // opens files until no descriptor is free.
 func useUpDescriptors(t *testing.T) (files []*os.File) {
@@ -98,14 +76,4 @@ func useUpDescriptors(t *testing.T) (files []*os.File) {
 			t.Skip("there is no such limit here")
 		}
 	}
-}
-
-// requireNoDescriptor requires Accept to return the temporary error of a missing descriptor.
-func requireNoDescriptor(t *testing.T, l net.Listener) {
-	t.Helper()
-	_, err := l.Accept()
-	require.ErrorIs(t, err, syscall.EMFILE)
-	var temporary interface{ Temporary() bool }
-	require.ErrorAs(t, err, &temporary)
-	require.True(t, temporary.Temporary(), "the error is not temporary: %v", err)
 }

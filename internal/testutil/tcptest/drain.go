@@ -104,25 +104,18 @@ func RequireDrained(t testing.TB, results <-chan Accepted, n int) {
 	requireStopped(t, results, n, "Drain")
 }
 
-// RequireAcceptsUntilStopped calls drain, after which the system must not refuse connections to
-// sl. Accept must return these, and then StoppedError, although they keep coming.
+// RequireAcceptsUntilStopped calls drain while clients connect to sl without pause. The system must
+// not refuse them then, and Accept must return StoppedError although they keep coming.
 func RequireAcceptsUntilStopped(
 	t testing.TB, sl *stoppablelistener.StoppableListener, drain func(),
 ) {
 	t.Helper()
-	start := time.Now()
-	drain()
-	client := DialOnce(t, sl) // not refused
-	defer client.Close()
-	RequireClient(t, client, Accept(sl))
-	require.NoError(t, sl.TCPListener.SetDeadline(Past)) // does not count
-
 	var closing atomic.Bool
 	stopLoad := Loop(t, 16, func() bool {
 		conn, err := net.DialTimeout("tcp", sl.Addr().String(), Patience)
 		if err != nil {
 			if !closing.Load() {
-				t.Errorf("a client cannot connect after Drain: %v", err)
+				t.Errorf("a client cannot connect: %v", err)
 			}
 			return false
 		}
@@ -130,6 +123,7 @@ func RequireAcceptsUntilStopped(
 		_, _ = conn.Read(make([]byte, 1))    // returns when the connection is closed
 		return conn.Close() == nil
 	})
+	accepted, enough := Countdown(16)
 	stopped := make(chan error, 1)
 	go func() {
 		for {
@@ -138,9 +132,15 @@ func RequireAcceptsUntilStopped(
 				stopped <- err
 				return
 			}
+			accepted()
+			time.Sleep(time.Millisecond) // so that the accept queue is never empty
 			conn.Close()
 		}
 	}()
+	Receive(t, enough, "connections")
+	start := time.Now()
+	drain()
+	require.NoError(t, sl.TCPListener.SetDeadline(Past)) // does not count
 	err := Receive(t, stopped, "return of Accept after Drain, while connections keep coming")
 	took := time.Since(start)
 	closing.Store(true)
