@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -25,6 +26,10 @@ const (
 	reportEnv  = "STOPPABLELISTENER_TEST_REPORT"  // address to report to
 	VersionEnv = "STOPPABLELISTENER_TEST_VERSION" // that is installed
 )
+
+// patience is how long a process may take until it starts, exits or prints a line. It is longer than
+// [tcptest.Patience], because tests that run in parallel may all start processes at the same time.
+const patience = time.Minute
 
 // Main runs the tests or, in a process that a test has started, program. TestMain calls it.
 func Main(m *testing.M, program func(version string)) {
@@ -75,7 +80,19 @@ type Process struct {
 // AwaitExit waits until the process has exited.
 func (p Process) AwaitExit(t testing.TB) {
 	t.Helper()
-	tcptest.Receive(t, p.Exited, fmt.Sprintf("exit of process %d, version %q", p.Pid, p.Version))
+	receive(t, p.Exited, fmt.Sprintf("exit of process %d, version %q", p.Pid, p.Version))
+}
+
+// receive is [tcptest.Receive] with patience.
+func receive[T any](t testing.TB, ch <-chan T, what string) T {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(patience):
+		require.FailNow(t, "missing after "+patience.String()+": "+what)
+		panic("unreachable")
+	}
 }
 
 // Start starts the command. Its processes are killed when the test ends.
@@ -181,7 +198,7 @@ func RequireInheritance(t testing.TB) {
 // Next waits for the next process that starts.
 func (p *Program) Next(t testing.TB) Process {
 	t.Helper()
-	return tcptest.Receive(t, p.Processes, "start of a process; standard error: "+p.Errors(t))
+	return receive(t, p.Processes, "start of a process; standard error: "+p.Errors(t))
 }
 
 // Line returns the next line of standard output, or "EOF" when no process has it open.
@@ -195,7 +212,7 @@ func (p *Program) Line(t testing.TB) string {
 			line <- "EOF"
 		}
 	}()
-	return tcptest.Receive(t, line, "line on standard output")
+	return receive(t, line, "line on standard output")
 }
 
 // CloseOutput closes the pipe to which the processes write their standard output.
@@ -233,7 +250,7 @@ func (p *Program) RequireStatus(t testing.TB, status int) {
 	t.Helper()
 	exited := make(chan error, 1)
 	go func() { exited <- p.Wait() }()
-	err := tcptest.Receive(t, exited, "exit of the first process; standard error: "+p.Errors(t))
+	err := receive(t, exited, "exit of the first process; standard error: "+p.Errors(t))
 	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
 		require.NoError(t, err)
 	}
