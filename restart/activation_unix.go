@@ -42,8 +42,12 @@ var activation = activatedSockets()
 
 // activatedSockets is called before main.
 func activatedSockets() (sockets []descriptor) {
-	for fd := firstFD; fd < firstFD+activated() && isOpen(fd); fd++ {
-		if d := newDescriptor(fd, activatedMark); isSocket(fd) {
+	for fd := firstFD; fd < firstFD+activated(); fd++ {
+		d := newDescriptor(fd, activatedMark)
+		if d.stat.Mode == 0 { // not open
+			break
+		}
+		if isSocket(fd) {
 			sockets = append(sockets, d)
 		}
 	}
@@ -69,11 +73,6 @@ func takeActivation() (sockets []descriptor) {
 		_ = os.Unsetenv(key)
 	}
 	return sockets
-}
-
-func isOpen(fd int) bool {
-	_, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
-	return err != syscall.EBADF
 }
 
 func isSocket(fd int) bool {

@@ -11,7 +11,7 @@ import (
 	"syscall"
 )
 
-// errParentExited is the cause of a child's context if the parent exits without a word.
+// errParentExited is the cause of a child's context if the parent exits without a message.
 var errParentExited = errors.New("parent process exited")
 
 // A child is started by a parent and obeys it.
@@ -19,12 +19,12 @@ type child struct {
 	handover
 	sockets // its method listen is the role's
 
-	ctx     context.Context // that serve has
-	cancel  context.CancelCauseFunc
-	once    sync.Once // of Ready, or of what comes first and makes that do nothing
-	isReady atomic.Bool
-	told    chan struct{}  // closed when the parent has sent its word, or has exited
-	word    syscall.Signal // valid when told is closed; 0 if the parent has exited without one
+	ctx      context.Context // that serve has
+	cancel   context.CancelCauseFunc
+	once     sync.Once // of Ready, or of what comes first and makes that do nothing
+	isReady  atomic.Bool
+	received chan struct{}  // closed when the parent has sent its message, or has exited
+	message  syscall.Signal // valid when received is closed; 0 if the parent has exited without one
 }
 
 // asChild is nil in a parent. A child exits with its parent even before it calls Run.
@@ -35,7 +35,7 @@ func newChild() *child {
 	if !ok {
 		return nil
 	}
-	c := &child{handover: handover, told: make(chan struct{})}
+	c := &child{handover: handover, received: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	if c.err == nil {
 		go c.obeyParent()
@@ -43,11 +43,11 @@ func newChild() *child {
 	return c
 }
 
-// obeyParent waits for the parent's word.
+// obeyParent waits for the parent's message.
 func (c *child) obeyParent() {
-	c.word = c.link.receiveSignal()
-	cause := causeOf(c.word)
-	if c.word == 0 {
+	c.message = c.link.receiveSignal()
+	cause := causeOf(c.message)
+	if c.message == 0 {
 		cause = errParentExited
 		if !c.isReady.Load() {
 			var reports reporter
@@ -56,7 +56,7 @@ func (c *child) obeyParent() {
 			os.Exit(1)
 		}
 	}
-	close(c.told)
+	close(c.received)
 	c.cancel(cause)
 }
 
@@ -73,7 +73,7 @@ func (c *child) run(serve func(context.Context) error) error {
 }
 
 // obeySignal is called when this process is signaled itself. The parent may have been signaled
-// too, and otherwise learns of it, so a child that is ready gets its word in any case.
+// too, and otherwise learns of it, so a child that is ready gets its message in any case.
 func (c *child) obeySignal(sig os.Signal) {
 	c.cancel(signalError{sig})
 	if c.wasReady() {
@@ -102,9 +102,9 @@ func (c *child) endsService() bool {
 		return false
 	}
 	if c.wasReady() {
-		<-c.told
+		<-c.received
 	}
-	return closed(c.told) && c.word != 0 && c.word != syscall.SIGUSR2
+	return closed(c.received) && c.message != 0 && c.message != syscall.SIGUSR2
 }
 
 func (c *child) pid() int { return c.parentPid }

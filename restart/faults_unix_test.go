@@ -204,18 +204,17 @@ func TestReasonOfAFailedRestart(t *testing.T) {
 			"process [0-9]+ exited before it was ready: exit status 1")
 		assert.Contains(t, s.Errors(t), "too many open files")
 	})
-	for _, want := range []string{"no such file or directory", "permission denied"} {
+	for _, want := range []string{"not a directory", "permission denied"} {
 		t.Run("directory: "+want, func(t *testing.T) {
 			t.Parallel()
 			dir := filepath.Join(t.TempDir(), "directory")
 			require.NoError(t, os.Mkdir(dir, 0o700))
 			s := start(t, "1", with("PWD="+dir), func(cmd *exec.Cmd) { cmd.Dir = dir })
 			require.NoError(t, os.Remove(dir))
-			if want == "permission denied" {
-				if os.Getuid() == 0 {
-					t.Skip("root has permission")
-				}
-				require.NoError(t, os.Mkdir(dir, 0))
+			if want == "not a directory" {
+				require.NoError(t, os.WriteFile(dir, nil, 0o600))
+			} else if require.NoError(t, os.Mkdir(dir, 0)); os.Getuid() == 0 {
+				t.Skip("root has permission")
 			}
 			s.signal(t, syscall.SIGUSR2)
 			s.awaitReport(t, 1, "restart: not restarted: chdir "+dir+": "+want)

@@ -68,7 +68,7 @@ func TestChildThatIsReadyTooLateDoesNotServe(t *testing.T) {
 	c := new(childProcess)
 	for name, p := range map[string]*parent{
 		"stopping":        {state: stopping, newProcess: c},
-		"late":            {state: steady, newProcess: c},
+		"expired":         {state: steady, newProcess: c},
 		"another process": {state: restarting, newProcess: new(childProcess)},
 	} {
 		l := tcptest.Listen(t)

@@ -26,8 +26,8 @@ import (
 //
 // When the child is ready, it sends its own sockets, each as name, newline and descriptor, and
 // then another newline. If it is then signaled itself, it sends the number of the signal as one
-// byte. To stop the child, the parent sends the number of a signal as one byte, its word, and
-// closes its end. The word is SIGUSR2 if another process serves, and otherwise the service is
+// byte. To stop the child, the parent sends the number of a signal as one byte, its message, and
+// closes its end. The message is SIGUSR2 if another process serves, and otherwise the service is
 // being stopped.
 const (
 	protocolEnv     = "STOPPABLELISTENER_RESTART"

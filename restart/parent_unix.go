@@ -253,7 +253,7 @@ func (p *parent) startLinked(cmd *exec.Cmd) (*link, error) {
 	return l, err
 }
 
-// fail reports why a restart has failed.
+// fail ends a restart that has failed, and reports why.
 func (p *parent) fail(format string, args ...any) {
 	p.reports.print("not restarted: "+format, args...)
 	p.settle()

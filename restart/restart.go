@@ -275,18 +275,18 @@ func notify(ch chan<- os.Signal, signals ...os.Signal) {
 }
 
 // await reports whether ch is closed in time. When the time is over, this process may have been
-// suspended, and may be about to close ch because of what has happened meanwhile. So await looks
-// again a little later, until it is not late.
+// suspended, and may be about to close ch because of what has happened meanwhile. So await checks
+// again after a shorter time, until that has taken no longer than expected.
 func await(ch <-chan struct{}, timeout time.Duration) bool {
-	look := min(timeout, time.Second) / 4
-	for wait := timeout; ; wait = look {
+	again := min(timeout, time.Second) / 4
+	for wait := timeout; ; wait = again {
 		start := time.Now()
 		select {
 		case <-ch:
 			return true
 		case <-time.After(wait):
 		}
-		if wait == look && time.Since(start) < 2*look {
+		if wait == again && time.Since(start) < 2*again {
 			return closed(ch)
 		}
 	}

@@ -404,16 +404,16 @@ func TestSecondSignalKillsAProcessThatIsStuckInListen(t *testing.T) {
 }
 
 // A process that is not ready is terminated. But it may have called Ready at that moment, and would
-// wait for word. Here, it is a script, which prints the parent's word.
-func TestNewProcessIsSentWordThatTheServiceIsStopped(t *testing.T) {
+// wait for a message. Here, it is a script, which prints the parent's message.
+func TestNewProcessIsSentAMessageThatTheServiceIsStopped(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")
 	s.ReplaceText(t, `#!/bin/sh
 		trap "terminated=yes" TERM
 		echo 2 waits
-		word=$(od -An -tu1 -N1 <&4)
+		message=$(od -An -tu1 -N1 <&4)
 		until [ $terminated ]; do sleep 0.01; done
-		echo 2 received: $word
+		echo 2 received: $message
 	`)
 	inFlight := s.startRequest(t)
 	s.signal(t, syscall.SIGUSR2)
@@ -469,7 +469,7 @@ func TestConnectionsAreRefusedOnceTheServingChildHasExited(t *testing.T) {
 	assert.Regexp(t, "^restart: process [0-9]+: signal: killed\n$", s.Errors(t))
 }
 
-// The sockets are not drained, so connections are refused only if the helper has not inherited them.
+// The sockets are not drained, so connections are refused only if the helper has inherited none.
 func TestChildrenShutDownGracefullyWhenTheParentIsKilled(t *testing.T) {
 	t.Parallel()
 	s := start(t, "1")

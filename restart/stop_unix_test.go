@@ -140,7 +140,7 @@ func TestDrainInAChild(t *testing.T) {
 	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	const isDrained, isStopped = true, false
-	word := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
+	message := func(sig syscall.Signal) func(*testing.T, *service, parentEnd) {
 		return func(t *testing.T, _ *service, p parentEnd) { p.send(t, sig) }
 	}
 	signaledAndThen := func(then func(*testing.T, parentEnd)) func(*testing.T, *service, parentEnd) {
@@ -158,10 +158,10 @@ func TestDrainInAChild(t *testing.T) {
 		mark string // of the socket
 	}{
 		"the parent stops the service": {
-			stop: word(syscall.SIGINT), want: isDrained, line: "stopped: interrupt",
+			stop: message(syscall.SIGINT), want: isDrained, line: "stopped: interrupt",
 		},
 		"replaced": {
-			stop: word(syscall.SIGUSR2), want: isStopped, line: "replaced: user defined signal 2",
+			stop: message(syscall.SIGUSR2), want: isStopped, line: "replaced: user defined signal 2",
 		},
 		"the parent exits": {
 			stop: func(t *testing.T, _ *service, p parentEnd) { require.NoError(t, p.Close()) },
@@ -180,7 +180,7 @@ func TestDrainInAChild(t *testing.T) {
 			want: isStopped, line: "stopped: terminated",
 		},
 		"the socket comes from socket activation": {
-			stop: word(syscall.SIGTERM), want: isStopped, line: "stopped: terminated",
+			stop: message(syscall.SIGTERM), want: isStopped, line: "stopped: terminated",
 			mark: " activated",
 		},
 		"nothing has happened": {
@@ -222,7 +222,7 @@ func requireState(t *testing.T, l *net.TCPListener, isDrained bool) {
 	}
 }
 
-// A child that is not ready does not wait for word, which need not come. Its Ready does nothing.
+// A child that is not ready waits for no message, which need not come. Its Ready does nothing.
 func TestNewProcessThatIsSignaledDoesNotDrain(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
