@@ -79,7 +79,14 @@ type instance struct {
 	listeners []*restart.Listener
 }
 
+// examples are versions that are an example instead.
+var examples = map[string]func(){}
+
 func program(version string) {
+	if example, ok := examples[version]; ok {
+		example()
+		return
+	}
 	log.SetFlags(0)
 	features := strings.Split(version, ",")
 	in := &instance{
