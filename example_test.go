@@ -171,7 +171,7 @@ func ExampleStoppableListener_Drain() {
 	var conns sync.WaitGroup
 	for {
 		conn, err := sl.Accept()
-		if err == stoppablelistener.StoppedError {
+		if errors.Is(err, stoppablelistener.StoppedError) {
 			break
 		}
 		if err != nil {

@@ -32,7 +32,9 @@ func init() {
 
 // startExample starts one of the programs, with these variables and a free port in PORT. It
 // returns when the program listens there.
-func startExample(t testing.TB, name string, variables ...string) (p *proctest.Program, addr string) {
+func startExample(
+	t testing.TB, name string, variables ...string,
+) (p *proctest.Program, addr string) {
 	t.Helper()
 	for range 10 {
 		addr = freeAddr(t)

@@ -22,13 +22,11 @@
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. Their
 // contexts are not done when that of Serve is. For HTTP/1 handlers that are called after that, the
-// header Connection: close is already set, except for CONNECT and Upgrade requests; upgrades to
+// header Connection: close is already set, except for CONNECT and Upgrade requests. Upgrades to
 // h2c and TLS, which package http ignores, are no exception. A handler must neither delete the
-// header nor set Connection: keep-alive. Only a handler that sends an informational response, such
-// as 103 Early Hints, should delete it first, because clients reject it there, and may set it
-// again afterwards. An httputil.ReverseProxy forwards such responses of its backend: call it from
-// a handler that deletes the header, and set it in ModifyResponse if ctx is done, unless the
-// status is 101.
+// header nor set Connection: keep-alive. Only for an informational response, such as 103 Early
+// Hints, which some clients reject with that header, it should be deleted, and set again
+// afterwards. The example ReverseProxy does that.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events, should
 // return when ctx is done. Functions registered with [net/http.Server.RegisterOnShutdown] are
@@ -113,14 +111,7 @@ func New(server *http.Server) *Drainer {
 }
 
 // A Listener is what a [Drainer] serves: a [*stoppablelistener.StoppableListener], or a listener
-// that wraps one, with a Drain method that calls the Drain method of what it wraps:
-//
-//	type limited struct {
-//		net.Listener // netutil.LimitListener(sl, n)
-//		sl *stoppablelistener.StoppableListener
-//	}
-//
-//	func (l limited) Drain() { l.sl.Drain() }
+// that wraps one, with a Drain method that calls the Drain method of what it wraps.
 //
 // After Drain, Accept must return an error when it has returned the connections that exist.
 //

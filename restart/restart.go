@@ -68,8 +68,9 @@
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
 //   - During a restart, two processes run. What only one process can have, such as a file lock,
-//     makes a restart fail. There must be memory, process IDs and descriptors for two: otherwise,
-//     the system may kill the parent.
+//     makes a restart fail if it is taken before Ready. The example Lock of Run takes it later.
+//     There must be memory, process IDs and descriptors for two: otherwise, the system may kill
+//     the parent.
 //   - The parent keeps running the version of the program, with the limits and as the user, that
 //     it was started with. What packages and main start there, such as periodic tasks and metrics,
 //     never stops: start it in serve. When serve returns, unused memory is returned to the system.
