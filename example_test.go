@@ -107,7 +107,8 @@ func (Greeter) Greet(name string, reply *string) error {
 }
 
 // Without Drain, GracefulStop of a gRPC server resets the connections in the accept queue. It also
-// closes those that Serve has accepted just before, which matters most after a restart.
+// closes those that Serve has accepted just before, which matters most after a restart. Behind a
+// load balancer, make the health check fail some seconds before Drain.
 func Example_gRPC() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -7,13 +7,14 @@
 //	server := &http.Server{Addr: ":8080", Handler: mux}
 //	err := httpdrain.New(server).ListenAndServe(ctx) // nil after a graceful shutdown
 //
-// [net/http.Server.Shutdown] resets the connections in the accept queue, and closes idle
-// connections at once, even if a client has just sent a request on one; since Go 1.25 also
-// connections that were accepted but not yet read from (golang/go#75591). A [Drainer] serves the
-// accept queue, while new connections are refused (on Linux), and keeps serving the open
-// connections for a grace period. It makes clients open new connections for their next requests,
-// elsewhere: HTTP/1 responses carry Connection: close, and HTTP/2 connections get GOAWAY twice, as
-// RFC 9113, section 6.8 says. Requests in flight are served.
+// [net/http.Server.Shutdown] resets the connections in the accept queue. It closes idle
+// connections at once, even if a client has just sent a request on one, and since Go 1.25 also
+// connections that were accepted but not yet read from (golang/go#75591).
+//
+// A [Drainer] serves the accept queue, while new connections are refused (on Linux), and keeps
+// serving the open connections for a grace period. It makes clients open new connections for
+// their next requests, elsewhere: HTTP/1 responses carry Connection: close, and HTTP/2 connections
+// get GOAWAY twice, as RFC 9113, section 6.8 says. Requests in flight are served.
 //
 // Behind a load balancer, which notices only after some time that an instance is being stopped,
 // set [Drainer.Delay]. The package example does that.
@@ -39,15 +40,15 @@
 // sends it again. That can happen here:
 //
 //   - HTTP/1: on a connection that was idle for the whole grace period, or whose last response
-//     had no Connection: close and ended later than Grace after the start of the grace period;
-//     also a request whose header takes longer than the grace period, one that was pipelined, and
-//     one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
+//     had no Connection: close and ended later than Grace after the start of the grace period.
+//   - HTTP/1: a request whose header takes longer than the grace period, one that was pipelined,
+//     and one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
 //   - TLS: on a connection whose handshake and first request take longer than the grace period.
 //   - HTTP/2 over TLS before Go 1.27, with x/net/http2.ConfigureServer, or with TLSNextProto: a
 //     request that was sent before GOAWAY was received, of a client that sends several at a time.
 //   - HTTP/2: on a connection on which the client does not read GOAWAY within the grace period, or
-//     had no response before its end; also the end of a response that a client has not read a
-//     second after its handler has returned.
+//     had no response before its end. What a client has not read of a response a second after its
+//     handler has returned is lost too.
 package httpdrain
 
 import (
@@ -70,9 +71,9 @@ type Drainer struct {
 	// with Connection: close on its HTTP/1 responses. New sets zero.
 	//
 	// Behind a load balancer, it must exceed the time until the last balancer has noticed that
-	// the instance is not ready: with health checks, their interval times the number that must
-	// fail; in Kubernetes, where the deletion of a Pod has to reach each node, usually some
-	// seconds. There, terminationGracePeriodSeconds must exceed Delay + Timeout. A preStop hook
+	// the instance is not ready. With health checks, that is their interval times the number that
+	// must fail. In Kubernetes, where the deletion of a Pod has to reach each node, it is usually
+	// some seconds, and terminationGracePeriodSeconds must exceed Delay + Timeout. A preStop hook
 	// that sleeps is no substitute, because clients keep their connections meanwhile.
 	Delay time.Duration
 
@@ -149,9 +150,9 @@ type Listener interface {
 // down, and each Serve returns when the shutdown is over. If called later, or if other code has
 // shut the server down, Serve returns [http.ErrServerClosed].
 //
-// If Accept is blocked when Grace is over, in a wrapper such as a full netutil.LimitListener, Serve
-// makes room: it closes the connections that have been idle or unused for Grace, and again each
-// Grace. Timeout bounds this too.
+// Accept may still be blocked when Grace is over, in a wrapper such as a full netutil.LimitListener.
+// Then Serve makes room: it closes the connections that have been idle or unused for Grace, and
+// again each Grace. Timeout bounds this too.
 //
 // If l returns a type of its own, or the server serves unencrypted HTTP/2, or TLS since Go 1.27,
 // hooks and Hijack may get a wrapper of a connection. It has a method NetConn, as [*tls.Conn] has.

@@ -40,9 +40,9 @@
 // that time. SIGUSR2 has an effect once Run has called serve; before the Go runtime has started,
 // it kills the process.
 //
-// After the first restart, the parent passes SIGHUP and SIGUSR1, which logrotate sends for
-// example, on to the serving process, which therefore gets one for the whole process group
-// twice. SIGINT and SIGHUP stay ignored if they were (nohup, or & in a script).
+// After the first restart, the parent passes SIGHUP and SIGUSR1 (logrotate) on to the serving
+// process, which gets one for the whole process group twice. SIGINT and SIGHUP stay ignored if
+// they were (nohup, or & in a script).
 //
 // If the parent is killed, the serving process shuts down gracefully, and a new process exits at
 // once, so that a supervisor can start the service again.
@@ -67,10 +67,9 @@
 // # Limitations
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
-//   - During a restart, two processes run. What only one process can have, such as a file lock,
-//     makes a restart fail if it is taken before Ready. The example Lock of Run takes it later.
-//     There must be memory, process IDs and descriptors for two: otherwise, the system may kill
-//     the parent.
+//   - During a restart, two processes run, which need memory, process IDs and descriptors for
+//     two: otherwise, the system may kill the parent. What only one process can have, such as a
+//     file lock, must be taken after Ready, as in the example Lock of Run.
 //   - The parent keeps running the version of the program, with the limits and as the user, that
 //     it was started with. What packages and main start there, such as periodic tasks and metrics,
 //     never stops: start it in serve. When serve returns, unused memory is returned to the system.
