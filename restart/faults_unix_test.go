@@ -245,6 +245,7 @@ func TestSignalsThatAreIgnoredStayIgnored(t *testing.T) {
 }
 
 func TestRestartThatWaitsIsReported(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1")
 	s.install(t, "2,"+waits)

@@ -186,6 +186,7 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	}
 	server := &http.Server{Handler: in.handler()}
 	drainer := httpdrain.New(server)
+	drainer.Timeout = 0 // a process that is not killed waits for its requests
 	line := in.name + " ready"
 	for _, addr := range in.addrs() {
 		network, address, _ := strings.Cut(addr, ",")

@@ -254,6 +254,7 @@ func TestNewProcessWhoseSocketsCannotBeReceivedShutsDown(t *testing.T) {
 // Signals for the serving process
 
 func TestSignalsArePassedOnToTheServingProcess(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1")
 	s.install(t, "2,"+exits) // does not serve

@@ -22,6 +22,7 @@ import (
 // From the parent
 
 func TestAllListenersAreInherited(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1",
 		on("tcp,127.0.0.1:0", "tcp4,localhost:0", "tcp,127.0.0.1:0", "tcp,:0"))
@@ -38,6 +39,7 @@ func TestAllListenersAreInherited(t *testing.T) {
 
 // The old process, which still handles a request, keeps no duplicate either.
 func TestANewVersionListensOnLessAndOnMore(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := start(t, "1", on("tcp,127.0.0.1:0", "tcp,localhost:0"))
 	all := s.addrs
@@ -76,6 +78,7 @@ func TestListenAfterReadyKeepsNoDuplicate(t *testing.T) {
 
 // A new version listens on tcp4 where the old one had tcp. It cannot open a second socket.
 func TestNetworkOfASpecificAddressDoesNotMatter(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	l := tcptest.Listen(t)
 	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l))
@@ -85,6 +88,7 @@ func TestNetworkOfASpecificAddressDoesNotMatter(t *testing.T) {
 }
 
 func TestListenConfigCreatesTheSocketsThatAreNotInherited(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	s := launch(t, "1,"+controls)
 	s.RequireLines(t, "1 controls tcp4")
@@ -181,6 +185,7 @@ func TestDescriptorsThatAreNotSocketsAreLeftAlone(t *testing.T) {
 
 // The variables are for this process only.
 func TestVariablesOfSocketActivationAreTakenOutOfTheEnvironment(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	l := tcptest.Listen(t)
 	s := start(t, "1", on("tcp,"+l.Addr().String()), activated(t, "$$", l),
