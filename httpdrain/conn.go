@@ -85,8 +85,8 @@ func (cs *conns) each(f func(net.Conn, *connection)) {
 	})
 }
 
-// sendGoAway makes the connections send their first GOAWAY, those that are idle at once. It does not
-// write itself, because a client may not read.
+// sendGoAway makes the connections send their first GOAWAY, those that are idle at once. It does
+// not write itself, because a client may not read.
 func (cs *conns) sendGoAway() {
 	cs.draining.Store(true)
 	cs.each(func(_ net.Conn, c *connection) {
@@ -126,9 +126,9 @@ func (cs *conns) abort() (requests int64) {
 	return requests
 }
 
-// closeConn closes conn, beneath TLS. Close of a *tls.Conn sends close_notify, for which it waits up
-// to five seconds if the client does not read. That alert tells clients that what they have received
-// is complete: one whose connection is idle knows, and an aborted response is not.
+// closeConn closes conn, beneath TLS. Close of a *tls.Conn sends close_notify, for which it waits
+// up to five seconds if the client does not read. That alert tells clients that what they have
+// received is complete: one whose connection is idle knows, and an aborted response is not.
 func closeConn(conn net.Conn) {
 	for {
 		wrapper, ok := conn.(interface{ NetConn() net.Conn })

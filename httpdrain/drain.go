@@ -208,11 +208,11 @@ func (d *drain) waitTick(dur time.Duration) {
 	select {
 	case <-d.conns.wake:
 	case <-timer.C:
-		if dur == tick && d.conns.changes.Load() == changes {
-			d.suspended = false
-		}
 	}
-	if time.Since(start) > dur+tick {
+	switch took := time.Since(start); {
+	case took > dur+tick:
 		d.suspended = true
+	case took >= tick && took < tick*6/5 && d.conns.changes.Load() == changes:
+		d.suspended = false // no request has come in a whole tick, nor waits for a processor
 	}
 }
