@@ -2,13 +2,9 @@ package httpdrain_test
 
 import (
 	"context"
-	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/exec"
 	"slices"
 	"testing"
 	"time"
@@ -17,7 +13,6 @@ import (
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpload"
-	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -53,7 +48,7 @@ func BenchmarkRollingUpdate(b *testing.B) {
 			return shutsDown(t, server, l, 0)
 		},
 		"sleep+Shutdown": shutsDown,
-		"drain":          drainsAfterDelay,
+		"drain":          drains,
 	}
 	for name, k := range rollingKinds {
 		b.Run(name, func(b *testing.B) {
@@ -66,7 +61,7 @@ func BenchmarkRollingUpdate(b *testing.B) {
 				}
 			}
 			for variant, n := range failed {
-				b.ReportMetric(float64(n)/float64(b.N*3), variant+"-failed/instance")
+				b.ReportMetric(float64(n)/float64(b.N*replacedInstances), variant+"-failed/instance")
 			}
 			b.ReportMetric(0, "ns/op")
 		})
@@ -85,10 +80,10 @@ func BenchmarkLastStop(b *testing.B) {
 				go server.Serve(l.TCPListener)
 				return running{func() {}, func() error { return server.Shutdown(context.Background()) }}
 			},
-			"Stop": drainsAndCloses,
-			"Drain": func(t testing.TB, server *http.Server, l *serviceListener, d time.Duration) running {
+			"Drain": func(t testing.TB, server *http.Server, l *serviceListener, _ time.Duration) running {
 				l.drain = l.StoppableListener.Drain
-				return drainsAndCloses(t, server, l, d)
+				r := drains(t, server, l, 0)
+				return running{func() { r.stop(); _ = l.StoppableListener.Close() }, r.wait}
 			},
 		} {
 			k := kind{keepAlive: true}
@@ -118,89 +113,22 @@ func BenchmarkLastStop(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// drainsAndCloses starts a server that a Drainer shuts down, after which it closes the socket.
-func drainsAndCloses(t testing.TB, server *http.Server, l *serviceListener, d time.Duration) running {
-	r := drains(t, server, l, d)
-	stop := r.stop
-	r.stop = func() { stop(); _ = l.StoppableListener.Close() }
-	return r
-}
-
 // BenchmarkRequest measures what a Drainer adds to each HTTP/1 request that is served before the
 // context is done: the calls of its handler and of its ConnState.
 func BenchmarkRequest(b *testing.B) {
-	const requests = 1000
 	plain := &http.Server{Handler: nothing, ConnState: func(net.Conn, http.ConnState) {}}
 	s := newService(b, tcptest.Listen(b), nil, nothing)
 	s.server.ConnState = plain.ConnState
 	conn, _ := s.start(b).accept(b)
 	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
-	times := make(map[*http.Server][]float64)
-	request := func(server *http.Server) {
-		server.ConnState(conn, http.StateActive)
-		server.Handler.ServeHTTP(w, r)
-		server.ConnState(conn, http.StateIdle)
-	}
-	for range b.N {
-		for _, server := range []*http.Server{plain, s.server} {
-			start := time.Now()
-			for range requests {
-				request(server)
+	for variant, server := range map[string]*http.Server{"plain": plain, "drainer": s.server} {
+		b.Run(variant, func(b *testing.B) {
+			b.ReportAllocs()
+			for range b.N {
+				server.ConnState(conn, http.StateActive)
+				server.Handler.ServeHTTP(w, r)
+				server.ConnState(conn, http.StateIdle)
 			}
-			times[server] = append(times[server], float64(time.Since(start).Nanoseconds())/requests)
-		}
-	}
-	for name, server := range map[string]*http.Server{"plain": plain, "drainer": s.server} {
-		slices.Sort(times[server])
-		b.ReportMetric(times[server][b.N/2], name+"-ns/request")
-	}
-	b.ReportMetric(testing.AllocsPerRun(1000, func() { request(s.server) }), "drainer-allocs/request")
-	b.ReportMetric(0, "ns/op")
-}
-
-// BenchmarkDrainOfIdleConnections measures the time that Drain takes beyond the grace period
-// to close 10,000 idle connections. Their clients are in another process, because of the
-// limit of open files.
-func BenchmarkDrainOfIdleConnections(b *testing.B) {
-	var took time.Duration
-	for range b.N {
-		s := newService(b, tcptest.Listen(b), nil, hello)
-		s.drainer.Grace = shortGrace
-		s.start(b)
-		p := proctest.Start(b, exec.Command(proctest.Self(b), "idle clients", s.l.Addr().String()))
-		idle := func() bool { return s.countConns(http.StateIdle) == idleConns }
-		for deadline := time.Now().Add(6 * tcptest.Patience); !idle(); time.Sleep(10 * time.Millisecond) {
-			require.True(b, time.Now().Before(deadline), "not all connections are idle: %s", p.Errors(b))
-		}
-		s.drain(b)
-		start := time.Now()
-		require.NoError(b, <-s.served)
-		took += time.Since(start) - shortGrace
-		p.RequireStatus(b, 0) // each connection is closed
-	}
-	b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "ms/drain")
-	b.ReportMetric(0, "ns/op")
-}
-
-// idleConns is how many connections the clients of that benchmark have.
-const idleConns = 10_000
-
-func init() { programs["idle clients"] = idleClients }
-
-// idleClients makes the connections to the address that is the second argument, sends a request on each, and waits until the server
-// has closed all of them.
-func idleClients() {
-	b, addr := proctest.TB{}, os.Args[2]
-	conns := make([]net.Conn, idleConns)
-	for i := range conns {
-		conn, err := net.Dial("tcp", addr)
-		require.NoError(b, err)
-		_, err = fmt.Fprint(conn, "GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-		require.NoError(b, err)
-		conns[i] = conn
-	}
-	for _, conn := range conns {
-		_, err := io.Copy(io.Discard, conn)
-		require.NoError(b, err)
+		})
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -128,35 +127,6 @@ func FuzzGoAway(f *testing.F) {
 		})
 		require.True(t, ok, "GOAWAY is allowed at %v\nframes: %x\ngot:    %x", allowed, all, got)
 	})
-}
-
-// A blockingWriter blocks, as a connection whose client does not read.
-type blockingWriter struct{ entered, release chan struct{} }
-
-func (w blockingWriter) Write(p []byte) (int, error) {
-	w.entered <- struct{}{}
-	<-w.release
-	return len(p), nil
-}
-
-func TestDrainDoesNotWaitForAWriteThatBlocks(t *testing.T) {
-	cs := &conns{wake: make(chan struct{}, 1)}
-	writer := blockingWriter{make(chan struct{}), make(chan struct{})}
-	tcp := &tcpConn{w: newGoAwayWriter(writer, &cs.draining)}
-	cs.add(tcp)
-	response := appendFrame(nil, frameSettings, 0, 0, nil)
-	response = appendFrame(response, frameHeaders, flagEndHeaders, 1, nil)
-	go tcp.Write(response)
-	<-writer.entered
-	drained := make(chan struct{})
-	go func() { cs.sendGoAway(); close(drained) }()
-	select {
-	case <-drained:
-	case <-time.After(10 * time.Second):
-		require.Fail(t, "it waits")
-	}
-	writer.release <- struct{}{}
-	<-writer.entered // GOAWAY
 }
 
 // BenchmarkHTTP2Write measures what the wrapper adds to a Write of package http.

@@ -16,12 +16,9 @@ import (
 const tlsSendsTwoGoAways = true
 
 func init() {
-	shared := kind{tls: true, http2: true, keepAlive: true, shared: true}
-	kinds["HTTP/2 over TLS, many at a time"] = struct {
-		kind
-		servers int
-	}{shared, 10}
-	rollingKinds["HTTP/2 over TLS, many at a time"] = shared
+	shared := kind{servers: 5, tls: true, http2: true, keepAlive: true, shared: true}
+	const name = "HTTP/2 over TLS, many at a time"
+	kinds[name], rollingKinds[name] = shared, shared
 }
 
 // The client closes the connection when it has received GOAWAY, so Serve does not wait until the
