@@ -19,34 +19,6 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 )
 
-// After Ctrl+C or SIGTERM, new connections are refused, and Serve returns when it has accepted
-// those that exist. It does not wait for requests in flight; the example of package httpdrain
-// does.
-func Example() {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Fatal(err)
-	}
-	sl, err := stoppablelistener.New(l)
-	if err != nil {
-		log.Fatal(err)
-	}
-
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, sl.Drain)
-	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
-
-	go cancel() // in this example only, instead of Ctrl+C
-
-	if err := http.Serve(sl, http.NotFoundHandler()); err != stoppablelistener.StoppedError {
-		log.Fatal(err)
-	}
-	fmt.Println("stopped")
-
-	// Output:
-	// stopped
-}
-
 // Package net/rpc has no way to stop its accept loop, which returns on the first error.
 func Example_rpc() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -129,7 +101,7 @@ func Example_gRPC() {
 	if err := server.Serve(sl); !errors.Is(err, stoppablelistener.StoppedError) {
 		log.Fatal(err)
 	}
-	time.Sleep(100 * time.Millisecond)          // for handshakes on the last connections
+	time.Sleep(100 * time.Millisecond)          // for HTTP/2 handshakes on the last connections
 	time.AfterFunc(10*time.Second, server.Stop) // aborts the calls that take longer
 	server.GracefulStop()
 	fmt.Println("stopped")

@@ -3,11 +3,11 @@
 //
 //	sl, err := stoppablelistener.New(l) // l is what net.Listen returned
 //	go acceptLoop(sl)                   // calls Accept until that returns an error
-//	sl.Drain()                          // if the socket is not used again, or
-//	sl.Stop()                           // if it is, by the next server or another process
+//	sl.Drain()                          // or sl.Stop(), if the socket is used again
 //
-// Accept then returns [StoppedError]: after Stop, at once; after Drain, when it has returned
-// the connections that exist. Linux refuses new ones then.
+// Accept then returns [StoppedError]. After Stop, it does so at once, and the socket can be used by
+// the next server or another process. After Drain, Linux refuses new connections, and Accept first
+// returns the pending ones: those in the accept queue and in the handshake.
 //
 // Package net has two ways to interrupt a blocked Accept. [net.TCPListener.Close] also closes
 // the socket, and resets the connections in its accept queue (backlog): those that the kernel
@@ -225,7 +225,7 @@ func (sl *StoppableListener) Stop() {
 }
 
 // Drain stops the accept loop for the last time: the system refuses new connections, and Accept
-// returns those that exist, and then [StoppedError]. Drain returns at once, and closes neither the
+// returns the pending ones, and then [StoppedError]. Drain returns at once, and closes neither the
 // socket nor accepted connections.
 //
 // Call it only if nothing else accepts from the socket, now or later: no other wrapper, no
@@ -250,8 +250,8 @@ func (sl *StoppableListener) Stop() {
 // this one too, and then returns StoppedError. The Accept of a plain *net.TCPListener returns
 // EINVAL.
 //
-// New connections are refused on Linux since version 5.7, without privileges, for TCP and
-// Multipath TCP. There, connect returns "connection refused" at once. If another socket
+// Linux refuses new connections since version 5.7, for TCP and Multipath TCP. This needs no
+// privileges. There, connect returns "connection refused" at once. If another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
 // because the kernel drops their first SYN.
 //
@@ -259,10 +259,10 @@ func (sl *StoppableListener) Stop() {
 // kernel forbids that, or the socket was created in another network namespace, Accept waits for
 // handshakes until 250 ms after Drain.
 //
-// On other systems, in some sandboxes, and, without privileges, on a socket that is bound to a
-// device, or to a link-local address, connections cannot be refused. Accept returns connections for
-// 250 ms after Drain, and then StoppedError. Closing the socket then resets the connections in its
-// accept queue and in the handshake.
+// On other systems, in some sandboxes, and, for unprivileged processes, on a socket that is bound
+// to a device, or to a link-local address, connections cannot be refused. Accept returns
+// connections for 250 ms after Drain, and then StoppedError. Closing the socket then resets the
+// connections in its accept queue and in the handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()

@@ -13,8 +13,8 @@ import (
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 )
 
-// A reverse proxy forwards 103 Early Hints and 100 Continue of its backend. Clients reject such
-// a response if it carries Connection: close, so the proxy sends that with the final one only.
+// A reverse proxy forwards 103 Early Hints and 100 Continue of its backend. Some clients reject
+// such a response if it carries Connection: close, so the proxy sends that with the final one only.
 func Example_reverseProxy() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

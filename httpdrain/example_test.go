@@ -14,7 +14,7 @@ import (
 )
 
 // A server behind a load balancer, such as a Kubernetes Service or haproxy. When SIGTERM shuts it
-// down in a rolling update, no request fails. A second signal kills it.
+// down in a rolling update, hardly any request fails. A second signal kills it.
 func Example() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

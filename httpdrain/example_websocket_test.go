@@ -45,10 +45,10 @@ func (c *chat) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	defer conn.Close()
 	_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n"+
 		"Upgrade: chat\r\nConnection: Upgrade\r\n\r\n")
-	sayGoodbye := context.AfterFunc(c.ctx, func() {
+	stop := context.AfterFunc(c.ctx, func() {
 		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 		_, _ = io.WriteString(conn, "goodbye\n")
 	})
-	defer sayGoodbye()
+	defer stop()
 	_, _ = io.Copy(conn, rw)
 }

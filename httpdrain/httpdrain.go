@@ -12,9 +12,10 @@
 // connections that were accepted but not yet read from (golang/go#75591).
 //
 // A [Drainer] serves the accept queue, while new connections are refused (on Linux), and keeps
-// serving the open connections for a grace period. It makes clients open new connections for
-// their next requests, elsewhere: HTTP/1 responses carry Connection: close, and HTTP/2 connections
-// get GOAWAY twice, as RFC 9113, section 6.8 says. Requests in flight are served.
+// serving the open connections for a grace period ([Drainer.Grace]). It makes clients open new
+// connections for their next requests, elsewhere: HTTP/1 responses carry Connection: close, and
+// HTTP/2 connections get GOAWAY twice, as RFC 9113, section 6.8 says. Requests in flight are
+// served.
 //
 // Behind a load balancer, which notices only after some time that an instance is being stopped,
 // set [Drainer.Delay]. The package example does that.
@@ -23,16 +24,16 @@
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. Their
 // contexts are not done when that of Serve is. For HTTP/1 handlers that are called after that, the
-// header Connection: close is already set, except for CONNECT and Upgrade requests. Upgrades to
-// h2c and TLS, which package http ignores, are no exception. A handler must neither delete the
-// header nor set Connection: keep-alive. Only for an informational response, such as 103 Early
-// Hints, which some clients reject with that header, it should be deleted, and set again
-// afterwards. The example ReverseProxy does that.
+// header Connection: close is already set, except for CONNECT and for upgrades other than to h2c
+// or TLS, which package http ignores. A handler must neither delete the header nor set
+// Connection: keep-alive. Delete it only while you send an informational response, such as 103
+// Early Hints: some clients reject that otherwise. The example ReverseProxy does so.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events, should
-// return when ctx is done. Functions registered with [net/http.Server.RegisterOnShutdown] are
-// called later, at the end of the grace period. Like Shutdown, a Drainer neither waits for
-// hijacked connections, such as WebSockets and those of x/net's h2c, nor closes them.
+// return when ctx is done. With Delay, its client may reach this server again: let it return when
+// a function registered with [net/http.Server.RegisterOnShutdown] is called, which is at the end
+// of the grace period. Like Shutdown, a Drainer neither waits for hijacked connections, such as
+// WebSockets and those of x/net's h2c, nor closes them.
 //
 // # Limitations
 //
@@ -40,7 +41,7 @@
 // sends it again. That can happen here:
 //
 //   - HTTP/1: on a connection that was idle for the whole grace period, or whose last response
-//     had no Connection: close and ended later than Grace after the start of the grace period.
+//     had no Connection: close and ended after the grace period.
 //   - HTTP/1: a request whose header takes longer than the grace period, one that was pipelined,
 //     and one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
 //   - TLS: on a connection whose handshake and first request take longer than the grace period.
@@ -73,8 +74,9 @@ type Drainer struct {
 	// Behind a load balancer, it must exceed the time until the last balancer has noticed that
 	// the instance is not ready. With health checks, that is their interval times the number that
 	// must fail. In Kubernetes, where the deletion of a Pod has to reach each node, it is usually
-	// some seconds, and terminationGracePeriodSeconds must exceed Delay + Timeout. A preStop hook
-	// that sleeps is no substitute, because clients keep their connections meanwhile.
+	// some seconds, and terminationGracePeriodSeconds must exceed Delay, Timeout and the time that
+	// main needs afterwards. A preStop hook that sleeps is no substitute, because clients keep
+	// their connections meanwhile.
 	Delay time.Duration
 
 	// Grace is how long idle connections stay open after the accept loops have returned. New
@@ -84,8 +86,9 @@ type Drainer struct {
 	Grace time.Duration
 
 	// Timeout is how long the shutdown may take after the listeners' Drain has returned, Grace
-	// included. Then all connections are closed. New sets 10 s; to abort no request, let it be
-	// more than 2 Grace plus the longest request. If it is zero or negative, there is no timeout.
+	// included. Then all connections are closed. New sets 10 s. To abort no request, let it exceed
+	// 2 s, for handshakes, plus 2 Grace plus the longest request. If it is zero or negative, there
+	// is no timeout.
 	Timeout time.Duration
 
 	server    *http.Server
@@ -114,7 +117,7 @@ func New(server *http.Server) *Drainer {
 // A Listener is what a [Drainer] serves: a [*stoppablelistener.StoppableListener], or a listener
 // that wraps one, with a Drain method that calls the Drain method of what it wraps.
 //
-// After Drain, Accept must return an error when it has returned the connections that exist.
+// After Drain, Accept must return the pending connections, and then an error.
 //
 // To keep a socket open for the next server of the same process, let Drain and Close call Stop of
 // the StoppableListener, and do nothing else. The next server may wrap the socket when Serve has
@@ -127,11 +130,11 @@ type Listener interface {
 // Serve serves l, as [net/http.Server.Serve] does, until ctx is done, and then shuts the server
 // down gracefully:
 //
-//   - HTTP/1 responses carry Connection: close from now on.
+//   - Responses to HTTP/1 requests that arrive from now on carry Connection: close.
 //   - For Delay, everything else goes on. If package restart has replaced the process, Delay is
 //     skipped, since the new one serves.
-//   - Serve calls l.Drain. HTTP/2 connections get their first GOAWAY: idle ones at once, one that
-//     has had no response yet after the header of the first.
+//   - Serve calls l.Drain. HTTP/2 connections get their first GOAWAY: idle ones at once, others
+//     with the next frame, but not before the header of their first response.
 //   - The accept loop returns, when the connections in the accept queue have been accepted.
 //   - Open connections are served for Grace, or until they are closed.
 //   - Serve calls Shutdown, which calls the functions registered with RegisterOnShutdown, closes
@@ -154,8 +157,9 @@ type Listener interface {
 // Then Serve makes room: it closes the connections that have been idle or unused for Grace, and
 // again each Grace. Timeout bounds this too.
 //
-// If l returns a type of its own, or the server serves unencrypted HTTP/2, or TLS since Go 1.27,
-// hooks and Hijack may get a wrapper of a connection. It has a method NetConn, as [*tls.Conn] has.
+// Hooks and Hijack may get a wrapper of a connection: if Accept of l returns a type of its own, if
+// the server serves unencrypted HTTP/2, and with TLS since Go 1.27. It has a method NetConn, as
+// [*tls.Conn] has.
 func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 	d.setUpOnce.Do(d.setUp)
 	return d.serve(ctx, l, l)
@@ -176,8 +180,8 @@ func (d *Drainer) ServeTLS(ctx context.Context, l Listener, certFile, keyFile st
 	return d.serve(ctx, l, tls.NewListener(l, config))
 }
 
-// ListenAndServe listens on the server's Addr, ":http" if it is empty, and calls Serve. If it
-// returns an error, nothing is left listening.
+// ListenAndServe listens on the server's Addr, ":http" if it is empty, and calls Serve. It has
+// closed its listener when it returns.
 func (d *Drainer) ListenAndServe(ctx context.Context) error {
 	l, err := d.listen(":http")
 	if err != nil {
@@ -187,8 +191,8 @@ func (d *Drainer) ListenAndServe(ctx context.Context) error {
 	return d.Serve(ctx, l)
 }
 
-// ListenAndServeTLS listens on the server's Addr, ":https" if it is empty, and calls ServeTLS. If
-// it returns an error, nothing is left listening.
+// ListenAndServeTLS listens on the server's Addr, ":https" if it is empty, and calls ServeTLS. It
+// has closed its listener when it returns.
 func (d *Drainer) ListenAndServeTLS(ctx context.Context, certFile, keyFile string) error {
 	l, err := d.listen(":https")
 	if err != nil {

@@ -24,9 +24,9 @@
 // has become ready last. A new process is a child that is not ready yet.
 //
 // A child has the arguments, the environment and the working directory that the parent was
-// started with, whatever main changes, and its standard streams. The program is that at
-// os.Args[0], relative to this directory or found in this PATH. A script that starts it must do
-// so with exec, also as a new version.
+// started with, whatever main changes, and its standard streams. It runs os.Args[0], relative to
+// that directory or found in that PATH. A script that starts the program must do so with exec,
+// also as a new version.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
 // the link, or in that directory. The name of the directory is taken from PWD, which shells set;
@@ -41,7 +41,7 @@
 // it kills the process.
 //
 // After the first restart, the parent passes SIGHUP and SIGUSR1 (logrotate) on to the serving
-// process, which gets one for the whole process group twice. SIGINT and SIGHUP stay ignored if
+// process. One sent to the process group reaches that twice. SIGINT and SIGHUP stay ignored if
 // they were (nohup, or & in a script).
 //
 // If the parent is killed, the serving process shuts down gracefully, and a new process exits at
@@ -127,7 +127,7 @@ type role interface {
 //
 // The function serve listens with p.Listen, calls p.Ready, and accepts connections. When ctx is
 // done, it calls the listener's Drain, shuts down gracefully, and returns; there is no limit on
-// how long that may take. It does not call [os.Exit] or [log.Fatal]: in the parent, even if that
+// how long that may take. It must not call [os.Exit] or [log.Fatal]: in the parent, even if that
 // has been replaced, that would end the service. [context.Cause](ctx) is [ErrReplaced], with the
 // text "user defined signal 2", if another process serves. Otherwise, its text is the name of the
 // signal ("interrupt" or "terminated"), or "parent process exited".
@@ -170,11 +170,10 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // each network, ":8080", "0.0.0.0:8080" and "[::]:8080", which mean all interfaces, are the same.
 // Sockets of socket activation that are not TCP listeners are closed.
 //
-// Call Listen before Ready: it keeps a duplicate of the socket for the next new process. It keeps
-// none of a socket that it returns later, which that process would find in use. So the port stays
-// open, even if the caller closes the listener, until the service is stopped or a new process has
-// called Ready without having called Listen for it. The latter resets the connections in the
-// accept queue.
+// Call Listen before Ready: it keeps a duplicate of the socket for the next new process. A later
+// Listen keeps none, so that process finds the address in use. The port stays open, even if the
+// caller closes the listener, until the service is stopped or a new process has called Ready
+// without having called Listen for it. The latter resets the connections in the accept queue.
 func (p *Process) Listen(network, address string) (*Listener, error) {
 	switch network {
 	case "tcp", "tcp4", "tcp6":
@@ -204,8 +203,8 @@ func (p *Process) Ready() { p.role.ready() }
 // [os.Getpid]().
 func (p *Process) Pid() int { return p.role.pid() }
 
-// A Listener is a [stoppablelistener.StoppableListener] whose Drain affects no process that uses
-// the socket later. [Process.Listen] returns it.
+// A Listener is a [stoppablelistener.StoppableListener] whose Drain calls Stop if another process
+// may serve the socket next. [Process.Listen] returns it.
 type Listener struct {
 	*stoppablelistener.StoppableListener
 	role      role
@@ -222,7 +221,7 @@ type Listener struct {
 //
 //   - if the context is not done, or if its cause is [ErrReplaced];
 //   - if the socket comes from socket activation;
-//   - in a child whose parent exits, because a supervisor may start it again;
+//   - in a child whose parent exits, since it does not know who else has the socket;
 //   - in a child that is signaled itself and is replaced, or is not ready yet.
 //
 // In a child that is signaled itself, Drain waits until the parent tells it whether the service is
