@@ -199,6 +199,7 @@ func TestHTTP2ConnectionsGetAnEarlyGoAway(t *testing.T) {
 // A client does not read, so that a Write blocks. It is not waited for: the other client gets its
 // GOAWAYs, the last one with its last stream. The Write goes on when the client reads.
 func TestServeDoesNotWaitForAnHTTP2ClientThatDoesNotRead(t *testing.T) {
+	tcptest.SkipIfShort(t, "takes two seconds")
 	t.Parallel()
 	var writes atomic.Int64
 	large := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -545,7 +545,7 @@ func TestServeDoesNotWaitForIdleClientsThatDoNotRead(t *testing.T) {
 func TestEverythingGoesOnForDelay(t *testing.T) {
 	t.Parallel()
 	s := newService(t, tcptest.Listen(t), nil, hello)
-	s.drainer.Delay = time.Second
+	s.drainer.Delay = 500 * time.Millisecond
 	s.start(t)
 	idle := s.get(t, "/")
 	idle.Response(t)

@@ -177,8 +177,8 @@ const (
 	replacedInstances = 2
 
 	rollingGrace = 600 * time.Millisecond
-	rollingDelay = rollingGrace           // the load balancer notices after half of it
-	slowInterval = 900 * time.Millisecond // between the grace and delay + grace
+	rollingDelay = 900 * time.Millisecond // the load balancer notices after a third of it
+	slowInterval = time.Second            // between the grace and delay + grace
 	oneWayDelay  = 10 * time.Millisecond
 )
 
@@ -242,7 +242,7 @@ func rollingUpdate(t testing.TB, k kind, startServer startFunc) (loads []*httplo
 		loads[0].AwaitRequests(t, 100)
 		start()
 		addr := s.l.Addr().String()
-		notice := time.AfterFunc(rollingDelay/2, func() { noticing.remove(addr) })
+		notice := time.AfterFunc(rollingDelay/3, func() { noticing.remove(addr) })
 		s.stop()
 		assert.NoError(t, s.l.StoppableListener.Close())
 		shutdowns.Add(1)
