@@ -50,7 +50,7 @@ func restartUnderLoad(
 	var previous proctest.Process
 	for n := range restarts {
 		for _, load := range loads {
-			load.AwaitRequests(t, 100)
+			load.AwaitRequests(t, 20)
 		}
 		child := s.restart(t, version(n), version(n+1))
 		if n > 0 {
@@ -59,7 +59,7 @@ func restartUnderLoad(
 		previous = child
 	}
 	for _, load := range loads {
-		load.AwaitRequests(t, 100)
+		load.AwaitRequests(t, 20)
 		load.Stop()
 	}
 	s.stop(t, version(restarts))
@@ -163,17 +163,16 @@ func TestNewProcessThatIsNeverReadyIsKilled(t *testing.T) {
 	assert.Equal(t, 2, strings.Count(s.Errors(t), "\n"), "lines on standard error")
 }
 
-// When the parent runs again, the new process has been ready for some time, and the timeout is
-// over. With GOMAXPROCS=1, it sees that first.
+// When the parent runs again, the new process, which suspends it, has been ready for some time, and
+// the timeout is over. With GOMAXPROCS=1, it sees that first.
 func TestNewProcessThatIsReadyWhileTheParentIsSuspendedIsNotKilled(t *testing.T) {
 	tcptest.SkipIfShort(t, "takes two seconds")
 	t.Parallel()
 	const timeout = 2 * time.Second
 	s := start(t, "1", with(readyTimeoutEnv+"="+timeout.String(), "GOMAXPROCS=1"))
-	s.install(t, "2,"+waits)
-	s.RequireLines(t, "2 waits")
-	s.suspend(t)
-	s.enter(t, "")
+	s.ReplaceText(t, fmt.Sprintf("#!/bin/sh\nkill -STOP $PPID\n%s=2 exec '%s' \"$@\"\n",
+		proctest.VersionEnv, proctest.Self(t)))
+	s.signal(t, syscall.SIGUSR2)
 	s.requireReady(t, "2")
 	time.Sleep(timeout)
 	s.signal(t, syscall.SIGCONT)

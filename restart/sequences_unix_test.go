@@ -194,8 +194,10 @@ func (q *sequence) end() {
 		require.NoError(q, syscall.Kill(-q.service.parent.Pid, syscall.SIGTERM))
 	case n == 2:
 		q.Log("SIGTERM and SIGINT to the group")
+		q.service.signal(q, syscall.SIGSTOP) // so that the parent receives both at the same time
 		require.NoError(q, syscall.Kill(-q.service.parent.Pid, syscall.SIGTERM))
 		require.NoError(q, syscall.Kill(-q.service.parent.Pid, syscall.SIGINT))
+		q.service.signal(q, syscall.SIGCONT)
 	default:
 		q.Log("SIGTERM to the parent")
 		q.service.signal(q, syscall.SIGTERM)

@@ -235,11 +235,13 @@ func getFrom(t testing.TB, addr, path string) string {
 	return body
 }
 
-// startRequest sends a request to the service and returns when that handles it.
+// startRequest sends a request to the service and returns when that handles it. It may be in flight
+// for as long as processes take to start.
 func (s *service) startRequest(t testing.TB) *httpclient.Conn {
 	t.Helper()
 	c := httpclient.Dial(t, s.addrs[0], nil)
 	c.StartPost(t, "/")
+	require.NoError(t, c.SetDeadline(time.Now().Add(time.Minute)))
 	return c
 }
 
