@@ -79,7 +79,7 @@ func (Greeter) Greet(name string, reply *string) error {
 }
 
 // Without Drain, GracefulStop of a gRPC server resets the connections in the accept queue. It also
-// closes those that Serve has accepted just before, which matters most after a restart. Behind a
+// closes those whose HTTP/2 handshake has not ended, so a moment passes before the call. Behind a
 // load balancer, make the health check fail some seconds before Drain.
 func Example_gRPC() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -119,7 +119,8 @@ func (s *grpcServer) GracefulStop() { _ = s.Shutdown(context.Background()) }
 func (s *grpcServer) Stop() { _ = s.Close() }
 
 // The client is still in the accept queue when Drain is called. It gets its response, and then
-// the accept loop returns.
+// the accept loop returns. If clients keep their connections, set a read deadline on idle ones when
+// ctx is done, or Wait does not return.
 func ExampleStoppableListener_Drain() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

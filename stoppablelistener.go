@@ -84,8 +84,8 @@ const (
 	// than a round-trip time by satellite, and half-open connections delay the end of Drain by it.
 	maxHandshake = 2 * time.Second
 
-	// blindWait is the same, if the system does not show its handshakes. It is longer than a
-	// round-trip time on nearly any path.
+	// blindWait is the same, if the system does not show its handshakes. Nearly every round-trip
+	// time is shorter.
 	blindWait = 250 * time.Millisecond
 )
 
@@ -165,8 +165,8 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 // accept queue. If Stop is called while it is blocked, it returns StoppedError, or the connection
 // that it has just taken from the accept queue: it never drops a connection. After Drain, it
 // returns connections first, and then StoppedError. After the deadline set with SetDeadline, it
-// returns an error that wraps [os.ErrDeadlineExceeded]; after Close, unless Stop or Drain was
-// called too, one that wraps [net.ErrClosed]. Other errors are those of package net.
+// returns an error that wraps [os.ErrDeadlineExceeded]. After Close, it returns one that wraps
+// [net.ErrClosed], unless Stop or Drain was called too. Other errors are those of package net.
 func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
@@ -234,7 +234,7 @@ func (sl *StoppableListener) Stop() {
 //
 // The accept loop must keep calling Accept until it returns StoppedError. That happens, in each
 // goroutine, some milliseconds after the last connection was accepted or the last handshake has
-// completed. Closing the socket then resets no connection. Its address is free already: another
+// completed. Closing the socket then resets no connection. The address is free then: another
 // socket can listen there while this one is open. If no descriptor is free, Accept returns package
 // net's error (EMFILE), as before Drain.
 //
@@ -251,7 +251,7 @@ func (sl *StoppableListener) Stop() {
 // EINVAL.
 //
 // Linux refuses new connections since version 5.7, for TCP and Multipath TCP. This needs no
-// privileges. There, connect returns "connection refused" at once. If another socket
+// privileges. After Drain, connect returns "connection refused" at once. If another socket
 // listens at the same address (SO_REUSEPORT), some clients connect to that one a second later,
 // because the kernel drops their first SYN.
 //
@@ -354,9 +354,9 @@ func (sl *StoppableListener) lookIn(d time.Duration) {
 	_ = sl.TCPListener.SetDeadline(sl.nextLook)
 }
 
-// awaitStop waits until Stop, Drain or Close is called, in a process that has a socket which has
-// been drained by another. It may not have been told yet that it is being stopped. If Accept
-// returned an error, a server would exit and abandon its connections.
+// awaitStop is called when another process has drained the socket. It waits until Stop, Drain or
+// Close is called in this one: if Accept returned an error before, a server would exit and abandon
+// its connections.
 func (sl *StoppableListener) awaitStop() {
 	for !sl.isDraining() && socket.IsShutDown(sl.TCPListener) { // false after Close
 		select {

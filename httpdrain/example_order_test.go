@@ -55,7 +55,7 @@ func Example_shutdownOrder() {
 	drainer := httpdrain.New(&http.Server{Addr: ":" + os.Getenv("PORT"), Handler: api})
 	drainer.Delay = delay
 	err = drainer.ListenAndServe(ctx)
-	close(jobs)
+	close(jobs) // a handler that Timeout has aborted panics if it sends now; package http recovers
 	<-worked
 	if err := errors.Join(err, admin.Close(), db.Close()); err != nil {
 		log.Fatal(err)

@@ -15,6 +15,8 @@ import (
 
 // A reverse proxy forwards 103 Early Hints and 100 Continue of its backend. Some clients reject
 // such a response if it carries Connection: close, so the proxy sends that with the final one only.
+// A proxy whose backend sends neither needs no more than its handler. Upgraded connections, such as
+// WebSockets, are cut when the program exits.
 func Example_reverseProxy() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -34,6 +36,13 @@ func Example_reverseProxy() {
 					resp.Header.Set("Connection", connection)
 				}
 				return nil
+			},
+			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+				log.Print(err)
+				if connection != "" {
+					w.Header().Set("Connection", connection)
+				}
+				w.WriteHeader(http.StatusBadGateway)
 			},
 		}
 		proxy.ServeHTTP(w, r)

@@ -15,8 +15,10 @@ import (
 )
 
 // A WebSocket is a hijacked connection, for which ListenAndServe does not wait. So the program says
-// goodbye on each, and waits until the clients have closed them, for up to five seconds. A package
-// for WebSockets would send a close frame.
+// goodbye on each, and waits until the clients have closed them, for up to five seconds. With a
+// package for WebSockets, send a message of your protocol: after a close frame, what a client has
+// just sent cannot be answered. With Delay, say goodbye in a function that RegisterOnShutdown
+// registers: before, clients may connect to this server again.
 func Example_webSocket() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

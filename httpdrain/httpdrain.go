@@ -86,9 +86,9 @@ type Drainer struct {
 	Grace time.Duration
 
 	// Timeout is how long the shutdown may take after the listeners' Drain has returned, Grace
-	// included. Then all connections are closed. New sets 10 s. To abort no request, let it exceed
-	// 2 s, for handshakes, plus 2 Grace plus the longest request. If it is zero or negative, there
-	// is no timeout.
+	// included, Delay not. Then all connections are closed. New sets 10 s. To abort no request,
+	// let it exceed 2 s, for handshakes, plus 2 Grace plus the longest request. If it is zero or
+	// negative, there is no timeout.
 	Timeout time.Duration
 
 	server    *http.Server

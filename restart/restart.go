@@ -96,7 +96,8 @@ import (
 //
 //	errors.Is(context.Cause(ctx), restart.ErrReplaced)
 //
-// Package httpdrain knows it, and then skips its Delay. With any other cause, this process is being
+// Package httpdrain knows it, and then skips its Delay. A readiness probe must not fail then, since
+// the service is ready. With any other cause, this process is being
 // stopped: with the service, because it was signaled itself, or because its parent was killed.
 var ErrReplaced = replaced.Err
 
@@ -162,7 +163,8 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 
 // Listen returns the inherited socket for the address, from the parent or from socket
 // activation, and otherwise listens on it as ListenConfig says. The network must be "tcp",
-// "tcp4" or "tcp6".
+// "tcp4" or "tcp6". Call it for each port, also one for metrics: with [net.Listen], a new process
+// finds the address in use.
 //
 // A socket from the parent is found by the network and address that were passed to Listen
 // before the restart, even if the port is 0. If there is none, a socket is found by the address
@@ -193,9 +195,11 @@ func (p *Process) Listen(network, address string) (*Listener, error) {
 
 // Ready reports that this process can accept connections. A new process then becomes the serving
 // process, unless the restart fails. So first do what can fail, such as loading the certificates
-// that ServeTLS would load. A new process that accepts connections before Ready aborts them if the
-// parent is killed. Ready closes the inherited sockets that Listen has not returned. It does
-// nothing after the first call, and once the context that Run has passed to serve is done.
+// that ServeTLS would load, but not what waits for the old process, such as taking its lock.
+//
+// A new process that accepts connections before Ready aborts them if the parent is killed. Ready
+// closes the inherited sockets that Listen has not returned. It does nothing after the first call,
+// and once the context that Run has passed to serve is done.
 func (p *Process) Ready() { p.role.ready() }
 
 // Pid returns the process ID of the parent, in the parent and in its children. It is that of the

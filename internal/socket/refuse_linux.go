@@ -17,7 +17,7 @@ const (
 // such socket, the kernel sends RST. The accept queue stays. Handshakes that have started
 // complete, because their request sockets refer to the listening socket, which needs no lookup.
 // With SYN cookies, there are no request sockets, and they fail. Linux allows this without
-// privileges since version 5.7, unless the socket is bound already.
+// privileges since version 5.7, unless the socket is bound to a device already.
 func Refuse(conn syscall.Conn) bool {
 	refuses := false
 	_ = control(conn, func(fd int) error {
