@@ -177,8 +177,8 @@ const (
 	replacedInstances = 2
 
 	rollingGrace = 600 * time.Millisecond
-	rollingDelay = 900 * time.Millisecond // the load balancer notices after a third of it
-	slowInterval = time.Second            // between the grace and delay + grace
+	rollingDelay = 2 * time.Second // the load balancer notices after a third of it
+	slowInterval = time.Second     // between the grace and delay + grace
 	oneWayDelay  = 10 * time.Millisecond
 )
 
@@ -232,7 +232,7 @@ func rollingUpdate(t testing.TB, k kind, startServer startFunc) (loads []*httplo
 	default:
 		load(noticing, 8, k, 0)
 		load(noticing, 4, kind{}, 0)
-		load(noticing, 200, k, slowInterval) // so many that some send when it matters
+		load(noticing, 100, k, slowInterval) // so many that some send when it matters
 		if tcptest.RefusesAfterDrain() {     // otherwise, they lose what is in the accept queue
 			load(retrying, 16, kind{}, 0)
 		}
