@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -23,6 +24,7 @@ import (
 	"github.com/c2db162c/stoppablelistener"
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 	"github.com/c2db162c/stoppablelistener/restart"
 )
 
@@ -58,6 +60,7 @@ const (
 	listensMore = "listensMore" // on one address more
 	listensTCP4 = "listensTCP4" // on tcp4 instead of tcp
 	fails       = "fails"       // returns an error
+	isHasty     = "isHasty"     // has the grace period of package httpdrain, not a longer one
 	shutsDown   = "shutsDown"   // uses Shutdown, not package httpdrain
 
 	lingers = "lingers" // after Run
@@ -187,6 +190,9 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	server := &http.Server{Handler: in.handler()}
 	drainer := httpdrain.New(server)
 	drainer.Timeout = 0 // a process that is not killed waits for its requests
+	if !in.has(isHasty) {
+		drainer.Grace = tcptest.Patience // on a busy machine, a client waits before it sends a request
+	}
 	line := in.name + " ready"
 	for _, addr := range in.addrs() {
 		network, address, _ := strings.Cut(addr, ",")
@@ -197,17 +203,13 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 		in.listeners = append(in.listeners, sl)
 		line += " " + sl.Addr().String()
 	}
-	served, drained := make(chan error), make(chan struct{}, 2*len(in.listeners))
+	served, stopped := make(chan error), make(chan struct{}, len(in.listeners))
 	for _, sl := range in.listeners {
 		if in.has(shutsDown) {
 			context.AfterFunc(ctx, sl.Drain)
 			go func() { served <- server.Serve(sl) }()
 		} else {
-			go func() {
-				err := drainer.Serve(ctx, reporting{sl, drained})
-				drained <- struct{}{} // if the test has called Drain, Serve has not
-				served <- err
-			}()
+			go func() { served <- drainer.Serve(ctx, reporting{sl, stopped}) }()
 		}
 	}
 	if in.has(isEarly) {
@@ -231,7 +233,7 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	}
 	for _, sl := range in.listeners {
 		if !in.has(shutsDown) {
-			<-drained
+			<-stopped
 			continue
 		}
 		sl.Drain() // once more, perhaps at the same time
@@ -260,15 +262,19 @@ func (in *instance) run(ctx context.Context, p *restart.Process) error {
 	return err
 }
 
-// reporting is a listener that reports that Drain has returned.
+// reporting is a listener that reports that its accept loop has returned. Until then, Accept, if it
+// was blocked, may return a connection that a client has opened just after Stop.
 type reporting struct {
 	*restart.Listener
-	drained chan<- struct{}
+	stopped chan<- struct{}
 }
 
-func (l reporting) Drain() {
-	l.Listener.Drain()
-	l.drained <- struct{}{}
+func (l reporting) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == stoppablelistener.StoppedError {
+		l.stopped <- struct{}{}
+	}
+	return conn, err
 }
 
 // addrs are the addresses that this version listens on.

@@ -56,7 +56,7 @@ type sequence struct {
 }
 
 func (q *sequence) run() {
-	q.service = start(q, "0", inGroup)
+	q.service = start(q, "0,"+isHasty, inGroup)
 	q.serving = q.service.parent
 	requireRefused := q.startClients()
 	steps := []func(){q.restart, q.failedRestart, q.lateRestart, q.hangingRestart, q.suspend, q.suspend}
@@ -142,7 +142,7 @@ func (q *sequence) hang() proctest.Process {
 // install starts a restart.
 func (q *sequence) install(feature string) proctest.Process {
 	q.version++
-	q.service.install(q, fmt.Sprint(q.version, ",", feature))
+	q.service.install(q, fmt.Sprint(q.version, ",", isHasty, ",", feature))
 	return q.service.Next(q)
 }
 
