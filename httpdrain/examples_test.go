@@ -25,6 +25,7 @@ import (
 )
 
 func init() {
+	programs["delay"] = Example
 	programs["listener"] = ExampleListener
 	programs["reverse proxy"] = Example_reverseProxy
 	programs["shutdown order"] = serveInOrder

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync"
 	"syscall"
@@ -30,13 +29,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	proctest.Main(m, func(string) {
-		if len(os.Args) == 1 {
-			Example()
-		} else {
-			programs[os.Args[1]]()
-		}
-	})
+	proctest.Main(m, func(string) { programs[os.Args[1]]() })
 }
 
 // programs are what other processes run that a test or benchmark starts, by their first argument.
@@ -936,13 +929,7 @@ func TestHTTP2CanBeDisabled(t *testing.T) {
 
 func TestExampleKeepsAcceptingUntilASecondSignal(t *testing.T) {
 	t.Parallel()
-	l := tcptest.Listen(t)
-	require.NoError(t, l.Close())
-	addr := l.Addr().String()
-	_, port, _ := net.SplitHostPort(addr)
-	cmd := exec.Command(proctest.Self(t))
-	cmd.Env = append(os.Environ(), "PORT="+port)
-	p := proctest.Start(t, cmd)
+	p, addr := startExample(t, "delay")
 	client := httpclient.NewClient(nil, false, false)
 	awaitStatus := func(want int) {
 		tcptest.Await(t, fmt.Sprint("status ", want, " of the readiness probe"), func() bool {
