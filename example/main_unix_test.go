@@ -9,7 +9,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
@@ -47,13 +46,7 @@ func TestSignalUnderLoadFailsNoRequest(t *testing.T) {
 	t.Parallel()
 	tcptest.RequireRefusal(t)
 	p, addr := startServing(t, proctest.Self(t))
-	wait := httpload.PostUntilError("http://"+addr, 16, func(i int) *http.Client {
-		return httpclient.NewClient(nil, false, i%2 == 0)
-	})
-	proctest.Signal(t, p.Process, syscall.SIGTERM)
-	httpload.RequireRefused(t, wait())
-	p.RequireStatus(t, 0)
-	assert.Empty(t, p.Errors(t))
+	httpload.RequireSignalFailsNoRequest(t, p, addr)
 }
 
 // Ctrl+C also stops cat, after which the program writes to a closed pipe.

@@ -79,13 +79,7 @@ func TestExamplesFailNoRequestUnderLoad(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p, addr := startExample(t, name, "BACKEND="+backend.URL)
-			wait := httpload.PostUntilError("http://"+addr, 16, func(i int) *http.Client {
-				return httpclient.NewClient(nil, false, i%2 == 0)
-			})
-			proctest.Signal(t, p.Process, syscall.SIGTERM)
-			httpload.RequireRefused(t, wait())
-			p.RequireStatus(t, 0)
-			assert.Empty(t, p.Errors(t))
+			httpload.RequireSignalFailsNoRequest(t, p, addr)
 		})
 	}
 }

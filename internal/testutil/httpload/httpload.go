@@ -7,12 +7,15 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
+	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
@@ -145,4 +148,18 @@ func RequireRefused(t testing.TB, errs []error) {
 	for i, err := range errs {
 		require.True(t, tcptest.IsRefused(err), "the last request of client %d: %v", i, err)
 	}
+}
+
+// RequireSignalFailsNoRequest sends SIGTERM to a program that serves HTTP at addr, while half of the
+// clients keep their connections. The program must exit with status 0, without a message, and fail
+// no request but those that are refused in the end.
+func RequireSignalFailsNoRequest(t testing.TB, p *proctest.Program, addr string) {
+	t.Helper()
+	wait := PostUntilError("http://"+addr, 16, func(i int) *http.Client {
+		return httpclient.NewClient(nil, false, i%2 == 0)
+	})
+	proctest.Signal(t, p.Process, syscall.SIGTERM)
+	RequireRefused(t, wait())
+	p.RequireStatus(t, 0)
+	assert.Empty(t, p.Errors(t))
 }
