@@ -590,7 +590,7 @@ func TestDrainOfInstancesAtTheSameAddressFailsNoClient(t *testing.T) {
 		tcptest.Await(t, "more connections", func() bool { return served.Load() >= enough })
 	}
 	var took []time.Duration
-	for range 4 {
+	for range 2 {
 		await(20)
 		next, nextReturned := start()
 		await(20)
