@@ -119,8 +119,7 @@ func (s *grpcServer) GracefulStop() { _ = s.Shutdown(context.Background()) }
 func (s *grpcServer) Stop() { _ = s.Close() }
 
 // The client is still in the accept queue when Drain is called. It gets its response, and then
-// the accept loop returns. If clients keep their connections, set a read deadline on idle ones when
-// ctx is done, or Wait does not return.
+// the accept loop returns. Clients that keep their connections have another second.
 func ExampleStoppableListener_Drain() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -154,23 +153,39 @@ func ExampleStoppableListener_Drain() {
 		conns.Add(1)
 		go func() {
 			defer conns.Done()
-			defer conn.Close()
-			if _, err := fmt.Fprintln(conn, "Hello TCP!"); err != nil {
-				log.Print(err)
-			}
+			greet(ctx, conn)
 		}()
 	}
 	if err := l.Close(); err != nil { // resets no connection
 		log.Fatal(err)
 	}
-	conns.Wait()
 
-	if _, err := io.Copy(os.Stdout, client); err != nil {
+	if _, err := fmt.Fprintln(client, "TCP"); err != nil {
 		log.Fatal(err)
 	}
+	response, err := bufio.NewReader(client).ReadString('\n')
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Print(response)
+	client.Close()
+	conns.Wait()
 
 	// Output:
 	// Hello TCP!
+}
+
+// greet responds to each line. When ctx is done, it reads lines for another second.
+func greet(ctx context.Context, conn net.Conn) {
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(time.Second)) })
+	defer stop()
+	for lines := bufio.NewScanner(conn); lines.Scan(); {
+		if _, err := fmt.Fprintf(conn, "Hello %s!\n", lines.Text()); err != nil {
+			log.Print(err)
+			return
+		}
+	}
 }
 
 // The same socket is served again after Stop. The client that connects in between waits in
