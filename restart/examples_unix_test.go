@@ -3,12 +3,14 @@
 package restart_test
 
 import (
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
@@ -16,13 +18,60 @@ import (
 	"github.com/c2db162c/stoppablelistener/internal/testutil/tcptest"
 )
 
-func init() { examples["lock"] = ExampleRun_lock }
+func init() {
+	examples["lock"] = ExampleRun_lock
+	examples["order"] = ExampleRun_shutdownOrder
+}
 
 func TestExampleWithLockRestartsWithoutAFailedRequest(t *testing.T) {
 	t.Parallel()
 	l := tcptest.Listen(t)
 	path := filepath.Join(t.TempDir(), "file")
 	s := launch(t, "lock", with("ADDR="+l.Addr().String(), "FILE="+path), activated(t, "$$", l))
+	restartExample(t, s, l)
+
+	file, err := os.Open(path)
+	require.NoError(t, err)
+	defer file.Close()
+	err = syscall.Flock(int(file.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
+	require.ErrorIs(t, err, syscall.EWOULDBLOCK, "the lock of the serving process")
+	s.signal(t, syscall.SIGTERM)
+	s.requireExit(t)
+}
+
+func TestExampleKeepsTheOrderOfTheShutdown(t *testing.T) {
+	t.Parallel()
+	l, admin := tcptest.Listen(t), tcptest.Listen(t)
+	s := launch(t, "order", activated(t, "$$", l, admin),
+		with("ADDR="+l.Addr().String(), "ADMIN_ADDR="+admin.Addr().String()))
+	status := func(l net.Listener, path string) int {
+		c := httpclient.Dial(t, l.Addr().String(), nil)
+		defer c.Close()
+		c.Get(t, path)
+		resp, _ := c.Response(t)
+		return resp.StatusCode
+	}
+	stopProbes := tcptest.Loop(t, 2, func() bool {
+		return assert.Equal(t, http.StatusOK, status(admin, "/ready"), "readiness during a restart")
+	})
+	restartExample(t, s, l)
+	stopProbes()
+
+	idle := httpclient.Dial(t, l.Addr().String(), nil)
+	idle.Get(t, "/?job=last")
+	idle.Response(t)
+	s.signal(t, syscall.SIGTERM)
+	tcptest.Await(t, "failure of the readiness probe", func() bool {
+		return status(admin, "/ready") == http.StatusServiceUnavailable
+	})
+	assert.Equal(t, http.StatusOK, status(admin, "/debug/vars"), "while the API shuts down")
+	idle.AwaitClosed(t)
+	s.RequireStatus(t, 0)
+	assert.Contains(t, s.Errors(t), "done: last\n")
+}
+
+// restartExample restarts an example that serves l twice under load.
+func restartExample(t testing.TB, s *service, l net.Listener) {
 	load := httpload.Start(t, "http://"+l.Addr().String(), 8, httpload.Any, func() *http.Client {
 		return httpclient.NewClient(nil, false, true)
 	})
@@ -38,12 +87,4 @@ func TestExampleWithLockRestartsWithoutAFailedRequest(t *testing.T) {
 	}
 	load.AwaitRequests(t, 20)
 	load.RequireNoneFailed(t)
-
-	file, err := os.Open(path)
-	require.NoError(t, err)
-	defer file.Close()
-	err = syscall.Flock(int(file.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
-	require.ErrorIs(t, err, syscall.EWOULDBLOCK, "the lock of the serving process")
-	s.signal(t, syscall.SIGTERM)
-	s.requireExit(t)
 }
