@@ -93,7 +93,7 @@ func Example_gRPC() {
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, sl.Drain)
-	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
+	context.AfterFunc(ctx, cancel) // a second signal kills the process
 
 	go cancel() // in this example only, instead of Ctrl+C
 
@@ -132,7 +132,7 @@ func ExampleStoppableListener_Drain() {
 
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, sl.Drain)
-	context.AfterFunc(ctx, cancel) // a second Ctrl+C exits at once
+	context.AfterFunc(ctx, cancel) // a second signal kills the process
 
 	client, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
@@ -147,8 +147,10 @@ func ExampleStoppableListener_Drain() {
 		if errors.Is(err, stoppablelistener.StoppedError) {
 			break
 		}
-		if err != nil {
-			log.Fatal(err)
+		if err != nil { // such as EMFILE
+			log.Print(err)
+			time.Sleep(10 * time.Millisecond)
+			continue
 		}
 		conns.Add(1)
 		go func() {

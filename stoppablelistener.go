@@ -22,9 +22,7 @@
 //
 // Package httpdrain shuts down an http.Server with one call, and with far fewer failed requests than
 // Shutdown. If you call Drain or Stop yourself, Serve returns StoppedError, and the server still
-// serves its open connections, until you call Shutdown. That closes idle connections even while a
-// client is sending on one, and since Go 1.25 connections that were accepted but not yet read from
-// (golang/go#75591).
+// serves its open connections, until you call Shutdown.
 //
 // Serve closes its listener when it returns. After Drain, that resets no connection, within the
 // limits of [StoppableListener.Drain]. If the socket is used again after Stop, keep it open:
@@ -40,8 +38,8 @@
 // and New. Package restart does all of this to restart a server without downtime.
 //
 // With the file of the plain *net.TCPListener's File method, starting the child or calling Fd
-// sets the socket to blocking mode in both processes. An Accept that is called
-// in that mode returns with the next connection only; neither Stop nor Close interrupts it.
+// sets the socket to blocking mode in both processes. An Accept that is called in that mode
+// returns with the next connection only; neither Stop nor Close interrupts it.
 //
 // # Limitations
 //
@@ -49,8 +47,6 @@
 //     and tls.NewListener(sl, …) work.
 //   - Neither Stop nor Drain interrupts a wrapper around a StoppableListener that is blocked
 //     before it calls Accept, such as a full netutil.LimitListener.
-//   - Wait for the accept loop to return before you pass the same socket to New again, because
-//     New clears the deadline that interrupts Accept.
 //   - Package net has no deadlines for Accept on Plan 9. There, an Accept that is blocked when
 //     Stop is called returns the next connection, and Drain does not end.
 package stoppablelistener
@@ -192,9 +188,8 @@ func (sl *StoppableListener) File() (*os.File, error) {
 
 // SetDeadline sets the deadline of Accept and AcceptTCP, including calls that are blocked,
 // as [net.TCPListener.SetDeadline] does. The zero time means no deadline. After Stop or Drain,
-// it changes nothing and returns [StoppedError], because the socket may be in use by another
-// wrapper. On a closed listener, it returns package net's error, unless Stop or Drain was called
-// too.
+// it changes nothing and returns [StoppedError]. On a closed listener, it returns package net's
+// error, unless Stop or Drain was called too.
 func (sl *StoppableListener) SetDeadline(t time.Time) error {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
@@ -247,8 +242,7 @@ func (sl *StoppableListener) Stop() {
 // after Stop, do nothing. A deadline set with SetDeadline no longer counts.
 //
 // If another process has drained the socket, Accept blocks until Stop, Drain or Close is called in
-// this one too, and then returns StoppedError. The Accept of a plain *net.TCPListener returns
-// EINVAL.
+// this one too. The Accept of a plain *net.TCPListener returns EINVAL.
 //
 // Linux refuses new connections since version 5.7, for TCP and Multipath TCP. This needs no
 // privileges. After Drain, connect returns "connection refused" at once. If another socket
@@ -259,8 +253,8 @@ func (sl *StoppableListener) Stop() {
 // kernel forbids that, or the socket was created in another network namespace, Accept waits for
 // handshakes until 250 ms after Drain.
 //
-// On other systems, in some sandboxes, and, for unprivileged processes, on a socket that is bound
-// to a device, or to a link-local address, connections cannot be refused. Accept returns
+// Before Linux 5.7, on other systems, in some sandboxes, and, for unprivileged processes, on a socket
+// that is bound to a device, or to a link-local address, connections cannot be refused. Accept returns
 // connections for 250 ms after Drain, and then StoppedError. Closing the socket then resets the
 // connections in its accept queue and in the handshake.
 func (sl *StoppableListener) Drain() {

@@ -17,8 +17,7 @@ import (
 // the PROXY protocol, wraps a StoppableListener. A struct adds the Drain method.
 func ExampleListener() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal is not caught
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 
 	l, err := net.Listen("tcp", ":"+os.Getenv("PORT"))
 	if err != nil {

@@ -21,8 +21,7 @@ import (
 // worker has done its jobs.
 func Example_shutdownOrder() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal is not caught
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 
 	db, err := sql.Open("postgres", os.Getenv("DATABASE_URL"))
 	if err != nil {

@@ -15,12 +15,11 @@ import (
 
 // A reverse proxy forwards 103 Early Hints and 100 Continue of its backend. Some clients reject
 // such a response if it carries Connection: close, so the proxy sends that with the final one only.
-// A proxy whose backend sends neither needs no more than its handler. Upgraded connections, such as
-// WebSockets, are cut when the program exits.
+// If the backend sends neither, the ReverseProxy can be the server's Handler. Upgraded connections,
+// such as WebSockets, are cut when the program exits.
 func Example_reverseProxy() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal is not caught
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 
 	backend, err := url.Parse(os.Getenv("BACKEND"))
 	if err != nil {

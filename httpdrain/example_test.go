@@ -17,8 +17,7 @@ import (
 // down in a rolling update, hardly any request fails. A second signal kills it.
 func Example() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal is not caught
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 
 	http.HandleFunc("/ready", func(w http.ResponseWriter, _ *http.Request) {
 		if ctx.Err() != nil {

@@ -21,8 +21,7 @@ import (
 // registers: before, clients may connect to this server again.
 func Example_webSocket() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop) // the next signal is not caught
+	context.AfterFunc(ctx, stop) // a second signal kills the process
 
 	chat := &chat{ctx: ctx}
 	server := &http.Server{Addr: "localhost:8080", Handler: chat}

@@ -2,7 +2,6 @@
 // gracefully, with far fewer failed requests than Shutdown:
 //
 //	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-//	defer stop()
 //	context.AfterFunc(ctx, stop) // a second signal kills the process
 //	server := &http.Server{Addr: ":8080", Handler: mux}
 //	err := httpdrain.New(server).ListenAndServe(ctx) // nil after a graceful shutdown
@@ -25,9 +24,9 @@
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. Their
 // contexts are not done when that of Serve is. For HTTP/1 handlers that are called after that, the
 // header Connection: close is already set, except for CONNECT and for upgrades other than to h2c
-// or TLS, which package http ignores. A handler must neither delete the header nor set
-// Connection: keep-alive. Delete it only while you send an informational response, such as 103
-// Early Hints: some clients reject that otherwise. The example ReverseProxy does so.
+// or TLS, which package http ignores. A handler must keep that header, except while it sends an
+// informational response, such as 103 Early Hints, which some clients reject otherwise. The example
+// ReverseProxy shows how.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events, should
 // return when ctx is done. With Delay, its client may reach this server again: let it return when
@@ -45,7 +44,7 @@
 //   - HTTP/1: a request whose header takes longer than the grace period, one that was pipelined,
 //     and one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
 //   - TLS: on a connection whose handshake and first request take longer than the grace period.
-//   - HTTP/2 over TLS before Go 1.27, with x/net/http2.ConfigureServer, or with TLSNextProto: a
+//   - HTTP/2 over TLS before Go 1.27, and later with x/net/http2.ConfigureServer or TLSNextProto: a
 //     request that was sent before GOAWAY was received, of a client that sends several at a time.
 //   - HTTP/2: on a connection on which the client does not read GOAWAY within the grace period, or
 //     had no response before its end. What a client has not read of a response a second after its
@@ -68,15 +67,15 @@ import (
 // are read when it first starts to serve. Multiple goroutines may invoke its methods
 // simultaneously.
 type Drainer struct {
-	// Delay is how long the server keeps accepting connections when it is to stop, as before, but
-	// with Connection: close on its HTTP/1 responses. New sets zero.
+	// Delay is how long the server still accepts connections after the context is done. Meanwhile,
+	// its HTTP/1 responses carry Connection: close. New sets zero.
 	//
 	// Behind a load balancer, it must exceed the time until the last balancer has noticed that
 	// the instance is not ready. With health checks, that is their interval times the number that
 	// must fail. In Kubernetes, where the deletion of a Pod has to reach each node, it is usually
-	// some seconds, and terminationGracePeriodSeconds must exceed Delay, Timeout and the time that
-	// main needs afterwards. A preStop hook that sleeps is no substitute, because clients keep
-	// their connections meanwhile.
+	// some seconds, and terminationGracePeriodSeconds must exceed the sum of Delay, Timeout and the
+	// time that main needs afterwards. A preStop hook that sleeps is no substitute, because clients
+	// keep their connections meanwhile.
 	Delay time.Duration
 
 	// Grace is how long idle connections stay open after the accept loops have returned. New
@@ -86,7 +85,7 @@ type Drainer struct {
 	Grace time.Duration
 
 	// Timeout is how long the shutdown may take after the listeners' Drain has returned, Grace
-	// included, Delay not. Then all connections are closed. New sets 10 s. To abort no request,
+	// included, Delay not. Then the connections are closed. New sets 10 s. To abort no request,
 	// let it exceed 2 s, for handshakes, plus 2 Grace plus the longest request. If it is zero or
 	// negative, there is no timeout.
 	Timeout time.Duration
@@ -143,7 +142,7 @@ type Listener interface {
 //   - Requests in flight are served. An HTTP/2 connection is closed one second after GOAWAY or
 //     after its last response, whichever is later.
 //
-// Serve then returns nil. If requests are in flight after Timeout, it closes all connections, and
+// Serve then returns nil. If requests are in flight after Timeout, it closes the connections, and
 // returns an error that says how many requests were aborted, and wraps [context.DeadlineExceeded].
 //
 // If ctx is done before the call, Serve shuts the server down without Delay.
@@ -153,13 +152,13 @@ type Listener interface {
 // down, and each Serve returns when the shutdown is over. If called later, or if other code has
 // shut the server down, Serve returns [http.ErrServerClosed].
 //
-// Accept may still be blocked when Grace is over, in a wrapper such as a full netutil.LimitListener.
-// Then Serve makes room: it closes the connections that have been idle or unused for Grace, and
-// again each Grace. Timeout bounds this too.
+// If an accept loop has not returned Grace after Drain, Accept may be blocked in a wrapper such as
+// a full netutil.LimitListener. Then Serve makes room: it closes the connections that have been
+// idle or unused for Grace, and again each Grace. Timeout bounds this too.
 //
-// Hooks and Hijack may get a wrapper of a connection: if Accept of l returns a type of its own, if
-// the server serves unencrypted HTTP/2, and with TLS since Go 1.27. It has a method NetConn, as
-// [*tls.Conn] has.
+// ConnState, ConnContext and Hijack may get a wrapper of a connection: if Accept of l returns a
+// type of its own, if the server serves unencrypted HTTP/2, and with TLS since Go 1.27. It has a
+// method NetConn, as [*tls.Conn] has.
 func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 	d.setUpOnce.Do(d.setUp)
 	return d.serve(ctx, l, l)
@@ -169,8 +168,8 @@ func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 // [net/http.Server.ServeTLS] does. If the certificate cannot be loaded, it returns that error and
 // leaves l open.
 //
-// With package restart, load the certificate into TLSConfig before you call Ready: a new process
-// that fails later has already replaced its parent.
+// With package restart, load the certificate into TLSConfig before Ready: a new process that fails
+// later has already replaced the old one.
 func (d *Drainer) ServeTLS(ctx context.Context, l Listener, certFile, keyFile string) error {
 	d.setUpOnce.Do(d.setUp)
 	config, err := d.protocols.tlsConfig(d.server.TLSConfig, certFile, keyFile)

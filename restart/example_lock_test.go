@@ -16,7 +16,7 @@ import (
 // Only one process can have the lock, as with a bbolt database or a device. A new process is ready
 // first; then the old one shuts down and unlocks the file. New connections wait in the accept queue
 // until then: some milliseconds, Grace (1.25 s) if a connection is idle, and for a long request up
-// to Timeout (10 s). If the file cannot be locked, the service stops.
+// to Timeout (10 s). While another program has the lock, only a second signal ends the service.
 func ExampleRun_lock() {
 	if err := restart.Run(serveLocked); err != nil {
 		log.Fatal(err)

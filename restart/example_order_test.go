@@ -7,6 +7,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"time"
 
 	"github.com/c2db162c/stoppablelistener/httpdrain"
 	"github.com/c2db162c/stoppablelistener/restart"
@@ -52,9 +53,14 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 		jobs <- r.FormValue("job")
 		w.WriteHeader(http.StatusAccepted)
 	})
-	err = httpdrain.New(&http.Server{Handler: api}).Serve(ctx, l)
+	drainer := httpdrain.New(&http.Server{Handler: api})
+	drainer.Delay = delay // not during a restart
+	err = drainer.Serve(ctx, l)
 	close(jobs) // a handler that Timeout has aborted panics if it sends now; package http recovers
 	<-worked
 	stopAdmin()
 	return errors.Join(err, <-adminServed)
 }
+
+// delay is longer than the load balancer needs to notice that the readiness probe fails.
+var delay = 5 * time.Second

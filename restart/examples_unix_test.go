@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -20,7 +21,10 @@ import (
 
 func init() {
 	examples["lock"] = ExampleRun_lock
-	examples["order"] = ExampleRun_shutdownOrder
+	examples["order"] = func() {
+		delay = 500 * time.Millisecond
+		ExampleRun_shutdownOrder()
+	}
 }
 
 func TestExampleWithLockRestartsWithoutAFailedRequest(t *testing.T) {

@@ -25,8 +25,8 @@
 //
 // A child has the arguments, the environment and the working directory that the parent was
 // started with, whatever main changes, and its standard streams. It runs os.Args[0], relative to
-// that directory or found in that PATH. A script that starts the program must do so with exec,
-// also as a new version.
+// that directory or found in that PATH. A script that starts the program, or replaces it, must end
+// in exec.
 //
 // To deploy by a symbolic link to the current release, start the program by a path that contains
 // the link, or in that directory. The name of the directory is taken from PWD, which shells set;
@@ -97,8 +97,8 @@ import (
 //	errors.Is(context.Cause(ctx), restart.ErrReplaced)
 //
 // Package httpdrain knows it, and then skips its Delay. A readiness probe must not fail then, since
-// the service is ready. With any other cause, this process is being
-// stopped: with the service, because it was signaled itself, or because its parent was killed.
+// the service is ready. With any other cause, this process is being stopped: with the service,
+// because it was signaled itself, or because its parent was killed.
 var ErrReplaced = replaced.Err
 
 // A Process is what [Run] passes to serve: the listening sockets of the running process, and
@@ -136,9 +136,9 @@ type role interface {
 // On SIGINT or SIGTERM, ctx is done in all processes. If the serving process is a child, and
 // then exits with a status other than 0, Run calls os.Exit with the same status in the parent. A
 // new process that is not ready is killed a second after the serving process has exited. On a
-// second SIGINT or SIGTERM, Run kills the children and calls os.Exit(1). The program may be
-// notified of all signals that Run handles, but must not call [os/signal.Reset] or
-// [os/signal.Ignore] for them.
+// second SIGINT or SIGTERM, more than 100 ms later, Run kills the children and calls os.Exit(1).
+// The program may be notified of all signals that Run handles, but must not call
+// [os/signal.Reset] or [os/signal.Ignore] for them.
 //
 // On SIGUSR2, Run starts a new process, with the sockets that Listen keeps. Once that has called
 // Ready, ctx is done in the serving process, and an error that serve returns there is reported.
@@ -147,8 +147,8 @@ type role interface {
 //
 // A restart fails if the new process cannot be started or exits, if it is not ready within a
 // minute (then it is killed), or if the parent cannot receive its sockets. Then the reason is
-// reported, and the serving process keeps serving. Reports are printed with package log. Nothing
-// waits for that: if it takes more than a second, the process may exit without the last ones.
+// reported, and the serving process keeps serving. Reports are printed with package log. A process
+// that exits waits up to a second for that; nothing else does.
 //
 // If serve returns before ctx is done in the serving process, the service stops. If that is a
 // child, Run returns an error in the parent, unless the child's exit status is 0, or unknown
@@ -229,8 +229,8 @@ type Listener struct {
 //   - in a child that is signaled itself and is replaced, or is not ready yet.
 //
 // In a child that is signaled itself, Drain waits until the parent tells it whether the service is
-// being stopped. That takes milliseconds, but as long as a restart that is going on, or until a
-// parent that is suspended runs again. Connections are accepted meanwhile.
+// being stopped. That takes milliseconds, unless a restart is going on or the parent is suspended:
+// then it takes until that ends. Connections are accepted meanwhile.
 //
 // On systems other than Unix, it is always the Drain of the StoppableListener.
 func (l *Listener) Drain() {
