@@ -119,7 +119,9 @@ func (s *grpcServer) GracefulStop() { _ = s.Shutdown(context.Background()) }
 func (s *grpcServer) Stop() { _ = s.Close() }
 
 // The client is still in the accept queue when Drain is called. It gets its response, and then
-// the accept loop returns. Clients that keep their connections have another second.
+// the accept loop returns. The next response on each connection that clients keep is the last one.
+// If your protocol has a message for that, send it, as the WebSocket example of package httpdrain
+// does: a client that sends its next line at once can lose it otherwise.
 func ExampleStoppableListener_Drain() {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -177,14 +179,15 @@ func ExampleStoppableListener_Drain() {
 	// Hello TCP!
 }
 
-// greet responds to each line. When ctx is done, it reads lines for another second.
+// greet responds to each line. When ctx is done, it closes the connection after the next response,
+// or after a second.
 func greet(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(time.Second)) })
 	defer stop()
 	for lines := bufio.NewScanner(conn); lines.Scan(); {
-		if _, err := fmt.Fprintf(conn, "Hello %s!\n", lines.Text()); err != nil {
-			log.Print(err)
+		isLast := ctx.Err() != nil // not later, when the client may be sending the next line
+		if _, err := fmt.Fprintf(conn, "Hello %s!\n", lines.Text()); err != nil || isLast {
 			return
 		}
 	}

@@ -39,8 +39,8 @@
 // A request that a client sends while the server closes its connection fails, unless the client
 // sends it again. That can happen here:
 //
-//   - HTTP/1: on a connection that was idle for the whole grace period, or whose last response
-//     had no Connection: close and ended after the grace period.
+//   - HTTP/1: on a connection that was idle for the whole grace period, or on which a response
+//     without Connection: close ended after it.
 //   - HTTP/1: a request whose header takes longer than the grace period, one that was pipelined,
 //     and one after OPTIONS *, unless the server's DisableGeneralOptionsHandler is set.
 //   - TLS: on a connection whose handshake and first request take longer than the grace period.
@@ -68,7 +68,8 @@ import (
 // simultaneously.
 type Drainer struct {
 	// Delay is how long the server still accepts connections after the context is done. Meanwhile,
-	// its HTTP/1 responses carry Connection: close. New sets zero.
+	// its HTTP/1 responses carry Connection: close. New sets zero. Delay is skipped if package restart
+	// has replaced the process.
 	//
 	// Behind a load balancer, it must exceed the time until the last balancer has noticed that
 	// the instance is not ready. With health checks, that is their interval times the number that
@@ -86,8 +87,8 @@ type Drainer struct {
 
 	// Timeout is how long the shutdown may take after the listeners' Drain has returned, Grace
 	// included, Delay not. Then the connections are closed. New sets 10 s. To abort no request,
-	// let it exceed 2 s, for handshakes, plus 2 Grace plus the longest request. If it is zero or
-	// negative, there is no timeout.
+	// let it exceed 2 s, for handshakes, plus twice Grace, for a connection that becomes idle late,
+	// plus the longest request. If it is zero or negative, there is no timeout.
 	Timeout time.Duration
 
 	server    *http.Server
@@ -130,8 +131,7 @@ type Listener interface {
 // down gracefully:
 //
 //   - Responses to HTTP/1 requests that arrive from now on carry Connection: close.
-//   - For Delay, everything else goes on. If package restart has replaced the process, Delay is
-//     skipped, since the new one serves.
+//   - For Delay, everything else goes on.
 //   - Serve calls l.Drain. HTTP/2 connections get their first GOAWAY: idle ones at once, others
 //     with the next frame, but not before the header of their first response.
 //   - The accept loop returns, when the connections in the accept queue have been accepted.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	_ "expvar" // metrics, at /debug/vars
+	"fmt"
 	"log"
 	"net/http"
 	"os"
@@ -14,8 +15,8 @@ import (
 )
 
 // Each process has a worker of its own, and inherits both ports. First the API stops, then its
-// worker, and then the admin port. During a restart, the readiness probe does not fail: the service
-// is ready. What the worker needs, such as a database, is opened before Ready and closed last.
+// worker, then the admin port, and last the database, which is a file here. During a restart, the
+// readiness probe does not fail: the service is ready.
 func ExampleRun_shutdownOrder() {
 	if err := restart.Run(serveInOrder); err != nil {
 		log.Fatal(err)
@@ -31,6 +32,10 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 	if err != nil {
 		return err
 	}
+	db, err := os.OpenFile(os.Getenv("JOBS"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err // before Ready: the old process keeps serving
+	}
 	p.Ready()
 
 	http.HandleFunc("/ready", func(w http.ResponseWriter, _ *http.Request) {
@@ -38,6 +43,7 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	})
+	// A Drainer, not http.Serve, because probes must not fail during a restart.
 	adminCtx, stopAdmin := context.WithCancel(context.Background())
 	adminServed := make(chan error, 1)
 	go func() { adminServed <- httpdrain.New(new(http.Server)).Serve(adminCtx, admin) }()
@@ -46,7 +52,9 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 	go func() {
 		defer close(worked)
 		for job := range jobs {
-			log.Print("done: ", job)
+			if _, err := fmt.Fprintln(db, job); err != nil {
+				log.Print(err)
+			}
 		}
 	}()
 	api := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -59,7 +67,7 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 	close(jobs) // a handler that Timeout has aborted panics if it sends now; package http recovers
 	<-worked
 	stopAdmin()
-	return errors.Join(err, <-adminServed)
+	return errors.Join(err, <-adminServed, db.Close())
 }
 
 // delay is longer than the load balancer needs to notice that the readiness probe fails.

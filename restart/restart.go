@@ -173,7 +173,7 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // Sockets of socket activation that are not TCP listeners are closed.
 //
 // Call Listen before Ready: it keeps a duplicate of the socket for the next new process. A later
-// Listen keeps none, so that process finds the address in use. The port stays open, even if the
+// Listen keeps none, and the next new process finds the address in use. The port stays open, even if the
 // caller closes the listener, until the service is stopped or a new process has called Ready
 // without having called Listen for it. The latter resets the connections in the accept queue.
 func (p *Process) Listen(network, address string) (*Listener, error) {
@@ -215,15 +215,15 @@ type Listener struct {
 	activated bool // the service manager has the socket too
 }
 
-// Drain stops the accept loop. Call it when the context that Run has passed to serve is done, for
-// example with [context.AfterFunc]; package httpdrain does so. It may be called any number of
-// times.
+// Drain stops the accept loop. Call it when the context that Run has passed to serve is done, or
+// later, for example with [context.AfterFunc]; package httpdrain does so. It may be called any
+// number of times.
 //
 // If the service is being stopped, it is the Drain of the StoppableListener, which affects each
 // process that has the socket: clients are served or refused. Otherwise, it is the Stop of the
 // StoppableListener, and connections stay in the accept queue for the process that serves next:
 //
-//   - if the context is not done, or if its cause is [ErrReplaced];
+//   - if that context is not done, or if its cause is [ErrReplaced];
 //   - if the socket comes from socket activation;
 //   - in a child whose parent exits, since it does not know who else has the socket;
 //   - in a child that is signaled itself and is replaced, or is not ready yet.

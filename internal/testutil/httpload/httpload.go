@@ -93,6 +93,9 @@ func (ld *Load) AwaitRequests(t testing.TB, n int64) {
 	})
 }
 
+// Succeeded returns how many requests have succeeded.
+func (ld *Load) Succeeded() int64 { return ld.succeeded.Load() }
+
 // Failed returns how many requests have failed.
 func (ld *Load) Failed() int64 { return ld.failed.Load() }
 
