@@ -71,6 +71,7 @@ func port(addr string) string {
 }
 
 func TestExamplesFailNoRequestUnderLoad(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts programs")
 	tcptest.RequireRefusal(t)
 	t.Parallel()
 	backend := httptest.NewServer(hello)
@@ -111,6 +112,7 @@ func TestExampleForwardsEarlyHints(t *testing.T) {
 
 // The worker is busy until the test has seen that the API has stopped and the admin port has not.
 func TestExampleStopsWhatOthersNeedAfterThem(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts a program")
 	tcptest.RequireRefusal(t)
 	t.Parallel()
 	admin := freeAddr(t)

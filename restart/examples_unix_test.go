@@ -29,6 +29,7 @@ func init() {
 }
 
 func TestExampleWithLockRestartsWithoutAFailedRequest(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	l := tcptest.Listen(t)
 	path := filepath.Join(t.TempDir(), "file")
@@ -45,6 +46,7 @@ func TestExampleWithLockRestartsWithoutAFailedRequest(t *testing.T) {
 }
 
 func TestExampleKeepsTheOrderOfTheShutdown(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	l, admin := tcptest.Listen(t), tcptest.Listen(t)
 	path := filepath.Join(t.TempDir(), "jobs")

@@ -28,6 +28,7 @@ import (
 // The last stop of the service is Drain
 
 func TestServiceThatIsStoppedResetsNoClient(t *testing.T) {
+	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("Drain does not refuse connections here")
