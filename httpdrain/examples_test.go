@@ -85,10 +85,14 @@ func TestExamplesFailNoRequestUnderLoad(t *testing.T) {
 	}
 }
 
-// Clients reject an informational response with Connection: close.
+// Clients reject an informational response with Connection: close. The final one carries it, also if
+// the backend fails.
 func TestExampleForwardsEarlyHints(t *testing.T) {
 	t.Parallel()
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/abort" {
+			panic(http.ErrAbortHandler)
+		}
 		w.WriteHeader(http.StatusEarlyHints)
 		hello(w, r)
 	}))
@@ -103,10 +107,16 @@ func TestExampleForwardsEarlyHints(t *testing.T) {
 	}
 	requireHints()
 	c.Response(t)
+	failing := httpclient.Dial(t, addr, nil)
+	failing.Get(t, "/")
+	failing.Response(t) // Early Hints
+	failing.Response(t)
 	proctest.Signal(t, p.Process, syscall.SIGTERM)
 	tcptest.AwaitRefused(t, addr)
 	requireHints()
 	c.RequireLastResponse(t, "Hello")
+	failing.Get(t, "/abort")
+	failing.RequireLastResponse(t, "") // 502
 	p.RequireStatus(t, 0)
 }
 
