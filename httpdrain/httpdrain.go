@@ -22,11 +22,11 @@
 // # Handlers
 //
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. Their
-// contexts are not done when that of Serve is. For HTTP/1 handlers that are called after that, the
-// header Connection: close is already set, except for CONNECT and for upgrades other than to h2c
-// or TLS, which package http ignores. A handler must keep that header, except while it sends an
-// informational response, such as 103 Early Hints, which some clients reject otherwise. The example
-// ReverseProxy shows how.
+// contexts are not done when that of Serve is. For handlers that are called after that, the header
+// Connection: close is already set, over HTTP/2 only where package http sends GOAWAY because of it.
+// It is not for CONNECT and for upgrades other than to h2c or TLS, which package http ignores. A
+// handler must keep that header, except while it sends an informational response, such as 103 Early
+// Hints, which some clients reject otherwise. The example ReverseProxy shows how.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events, should
 // return when ctx is done. With Delay, its client may reach this server again: let it return when
@@ -68,8 +68,8 @@ import (
 // simultaneously.
 type Drainer struct {
 	// Delay is how long the server still accepts connections after the context is done. Meanwhile,
-	// its HTTP/1 responses carry Connection: close. New sets zero. Delay is skipped if package restart
-	// has replaced the process.
+	// its HTTP/1 responses carry Connection: close. New sets zero. Delay is skipped if package
+	// restart has replaced the process.
 	//
 	// Behind a load balancer, it must exceed the time until the last balancer has noticed that
 	// the instance is not ready. With health checks, that is their interval times the number that
@@ -97,9 +97,9 @@ type Drainer struct {
 	drain     drain
 }
 
-// New returns a Drainer for server. The server's fields may be set until the Drainer starts to
-// serve. It then replaces Handler, ConnState, ConnContext and BaseContext by functions that call
-// those of the server, and TLSConfig by a copy.
+// New returns a Drainer for server, which must have only one. The server's fields may be set until
+// the Drainer starts to serve. It then replaces Handler, ConnState, ConnContext and BaseContext by
+// functions that call those of the server, and TLSConfig by a copy.
 func New(server *http.Server) *Drainer {
 	return &Drainer{
 		Grace:   1250 * time.Millisecond,
@@ -147,10 +147,10 @@ type Listener interface {
 //
 // If ctx is done before the call, Serve shuts the server down without Delay.
 //
-// A Drainer may serve several listeners at the same time. If one of them fails, its Serve returns
-// that error at once, and the others keep serving. The first context that is done shuts the server
-// down, and each Serve returns when the shutdown is over. If called later, or if other code has
-// shut the server down, Serve returns [http.ErrServerClosed].
+// A Drainer may serve several listeners at the same time, with and without TLS. If one of them
+// fails, its Serve returns that error at once, and the others keep serving. The first context that
+// is done shuts the server down, and each Serve returns when the shutdown is over. If called later,
+// or if other code has shut the server down, Serve returns [http.ErrServerClosed].
 //
 // If an accept loop has not returned Grace after Drain, Accept may be blocked in a wrapper such as
 // a full netutil.LimitListener. Then Serve makes room: it closes the connections that have been
@@ -158,7 +158,8 @@ type Listener interface {
 //
 // ConnState, ConnContext and Hijack may get a wrapper of a connection: if Accept of l returns a
 // type of its own, if the server serves unencrypted HTTP/2, and with TLS since Go 1.27. It has a
-// method NetConn, as [*tls.Conn] has.
+// method NetConn, as [*tls.Conn] has. If TLSConfig rules HTTP/2 out by its CipherSuites, Serve
+// returns the error of [net/http.Server.ServeTLS].
 func (d *Drainer) Serve(ctx context.Context, l Listener) error {
 	d.setUpOnce.Do(d.setUp)
 	return d.serve(ctx, l, l)
