@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/assert"
-	"github.com/stretchr/testify/require"
 
 	"github.com/c2db162c/stoppablelistener/internal/testutil/httpclient"
 	"github.com/c2db162c/stoppablelistener/internal/testutil/proctest"
@@ -18,32 +17,20 @@ import (
 // In the processes that the tests start, the test binary is the program.
 func TestMain(m *testing.M) { proctest.Main(m, func(string) { main() }) }
 
-// startServing starts the program at path on a free port. If another process takes that port
-// first, it tries another.
+// startServing starts the program at path on a free port.
 func startServing(
 	t testing.TB, path string, args ...string,
 ) (p *proctest.Program, addr string) {
 	t.Helper()
-	return startOnFreePort(t, func(addr string) *exec.Cmd {
-		return exec.Command(path, append([]string{"-addr", addr}, args...)...)
-	})
+	addr = tcptest.FreeAddr(t)
+	return start(t, exec.Command(path, append([]string{"-addr", addr}, args...)...)), addr
 }
 
-func startOnFreePort(
-	t testing.TB, command func(addr string) *exec.Cmd,
-) (p *proctest.Program, addr string) {
+func start(t testing.TB, cmd *exec.Cmd) *proctest.Program {
 	t.Helper()
-	for range 10 {
-		l := tcptest.Listen(t)
-		addr = l.Addr().String()
-		require.NoError(t, l.Close())
-		p = proctest.Start(t, command(addr))
-		if p.Line(t) == "Serving HTTP" {
-			return p, addr
-		}
-	}
-	require.FailNow(t, "no free port: "+p.Errors(t))
-	return nil, ""
+	p := proctest.Start(t, cmd)
+	p.RequireLines(t, "Serving HTTP")
+	return p
 }
 
 // startRequest sends a request without its body of one byte, which the server waits for. It

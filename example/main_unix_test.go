@@ -64,9 +64,9 @@ func TestInterruptOfAPipeline(t *testing.T) {
 
 // startPipeline starts the program on a free port, with its standard output in a pipe to cat.
 func startPipeline(t testing.TB) (p *proctest.Program, addr string) {
-	return startOnFreePort(t, func(addr string) *exec.Cmd {
-		cmd := exec.Command("sh", "-c", `"$0" -addr "$1" | cat`, proctest.Self(t), addr)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-		return cmd
-	})
+	t.Helper()
+	addr = tcptest.FreeAddr(t)
+	cmd := exec.Command("sh", "-c", `"$0" -addr "$1" | cat`, proctest.Self(t), addr)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return start(t, cmd), addr
 }

@@ -37,32 +37,18 @@ func startExample(
 	t testing.TB, name string, variables ...string,
 ) (p *proctest.Program, addr string) {
 	t.Helper()
-	for range 10 {
-		addr = freeAddr(t)
-		cmd := exec.Command(proctest.Self(t), name)
-		cmd.Env = append(append(os.Environ(), variables...), "PORT="+port(addr))
-		p = proctest.Start(t, cmd)
-		process, listens := p.Next(t), false
-		tcptest.Await(t, "the example listens", func() bool {
-			conn, err := net.Dial("tcp", addr)
-			if listens = err == nil; listens {
-				conn.Close()
-			}
-			return listens || len(process.Exited) > 0
-		})
-		if listens {
-			return p, addr
+	addr = tcptest.FreeAddr(t)
+	cmd := exec.Command(proctest.Self(t), name)
+	cmd.Env = append(append(os.Environ(), variables...), "PORT="+port(addr))
+	p = proctest.Start(t, cmd)
+	tcptest.Await(t, "the example listens", func() bool {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
 		}
-	}
-	require.FailNow(t, "no free port: "+p.Errors(t))
-	return nil, ""
-}
-
-// freeAddr returns an address at which nothing listens, unless another process takes it.
-func freeAddr(t testing.TB) string {
-	l := tcptest.Listen(t)
-	require.NoError(t, l.Close())
-	return l.Addr().String()
+		return err == nil
+	})
+	return p, addr
 }
 
 func port(addr string) string {
@@ -125,7 +111,7 @@ func TestExampleStopsWhatOthersNeedAfterThem(t *testing.T) {
 	tcptest.SkipIfShort(t, "starts a program")
 	tcptest.RequireRefusal(t)
 	t.Parallel()
-	admin := freeAddr(t)
+	admin := tcptest.FreeAddr(t)
 	p, addr := startExample(t, "shutdown order", "ADMIN_PORT="+port(admin))
 	status := func(path string) int {
 		c := httpclient.Dial(t, admin, nil)

@@ -724,9 +724,7 @@ func TestServeReturnsErrServerClosedIfOtherCodeShutsTheServerDown(t *testing.T) 
 func TestListenAndServe(t *testing.T) {
 	for name, config := range map[string]*tls.Config{"plain": nil, "TLS": httpclient.ServerTLS()} {
 		t.Run(name, func(t *testing.T) {
-			l := tcptest.Listen(t)
-			require.NoError(t, l.Close())
-			server := &http.Server{Addr: l.Addr().String(), Handler: hello, TLSConfig: config.Clone()}
+			server := &http.Server{Addr: tcptest.FreeAddr(t), Handler: hello, TLSConfig: config.Clone()}
 			d := httpdrain.New(server)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()

@@ -142,7 +142,8 @@ func TestSocketActivationOfAnotherProcessIsIgnored(t *testing.T) {
 // With Accept=yes, systemd passes a connected socket, with the address of its listener.
 func TestSocketsThatAreNotTCPListenersAreClosed(t *testing.T) {
 	t.Parallel()
-	l := tcptest.Listen(t)
+	l, err := net.Listen("tcp", tcptest.FreeAddr(t))
+	require.NoError(t, err)
 	client := tcptest.Dial(t, l)
 	connected, err := l.Accept()
 	require.NoError(t, err)

@@ -219,7 +219,12 @@ func (x *execution) renew() error {
 		}
 	}
 	if s == nil {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		// Not at 127.0.0.1, if possible: the thousands of sockets would get clients of other tests,
+		// which connect until they are refused.
+		l, err := net.Listen("tcp", "127.0.0.2:0")
+		if err != nil {
+			l, err = net.Listen("tcp", "127.0.0.1:0")
+		}
 		if err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"runtime"
@@ -33,6 +34,21 @@ func Listen(t testing.TB) *net.TCPListener {
 	require.NoError(t, err)
 	t.Cleanup(func() { l.Close() })
 	return l.(*net.TCPListener)
+}
+
+// FreeAddr returns an address at which nothing listens. No other test gets its port meanwhile, to
+// listen or to connect, since systems assign ports from 32768 on.
+func FreeAddr(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 20000+rand.IntN(10000)))
+		if err == nil {
+			require.NoError(t, l.Close())
+			return l.Addr().String()
+		}
+	}
+	require.FailNow(t, "no free port")
+	return ""
 }
 
 // Wrap wraps l.
