@@ -43,7 +43,7 @@ type drain struct {
 
 	// Only the goroutine of run uses these.
 	deadline  time.Time // the end of timeout
-	suspended bool      // the process was, and may not have handled all that came meanwhile
+	unsettled int       // quiet ticks until what came while the process was suspended is handled
 }
 
 // add adds an accept loop that is about to start. It returns false if the server is shut down.
@@ -189,7 +189,7 @@ func (d *drain) wait(end time.Time, done func() bool) bool {
 	for checks := 0; !done(); {
 		left := time.Until(end)
 		if left <= 0 {
-			if !d.suspended || checks == maxChecks {
+			if d.unsettled == 0 || checks == maxChecks {
 				return false
 			}
 			checks++
@@ -211,8 +211,9 @@ func (d *drain) waitTick(dur time.Duration) {
 	}
 	switch took := time.Since(start); {
 	case took > dur+tick:
-		d.suspended = true
+		d.unsettled = 2 // not one, in which the process may not have run
 	case took >= tick && took < tick*6/5 && d.conns.changes.Load() == changes:
-		d.suspended = false // no request has come in a whole tick, nor waits for a processor
+		// No request has come in a whole tick, nor waits for a processor.
+		d.unsettled = max(0, d.unsettled-1)
 	}
 }
