@@ -25,7 +25,7 @@ func TestRestartFailsNoRequest(t *testing.T) {
 	load := httpload.Start(t, "http://"+addr, 8, "Hello HTTP!", func() *http.Client {
 		return httpclient.NewClient(nil, false, true)
 	})
-	for n := range tcptest.Rounds(10) {
+	for n := range tcptest.Rounds(5) {
 		load.AwaitRequests(t, 20)
 		installed.Replace(t, fmt.Sprint(n+1))
 		proctest.Signal(t, p.Process, syscall.SIGUSR2)
@@ -52,7 +52,7 @@ func TestSignalUnderLoadFailsNoRequest(t *testing.T) {
 // Ctrl+C also stops cat, after which the program writes to a closed pipe.
 func TestInterruptOfAPipeline(t *testing.T) {
 	t.Parallel()
-	for range tcptest.Rounds(10) {
+	for range tcptest.Rounds(5) {
 		p, addr := startPipeline(t)
 		server := p.Next(t)
 		inFlight := startRequest(t, addr)

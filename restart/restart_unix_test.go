@@ -357,7 +357,7 @@ func TestSignalDuringARestartStopsTheService(t *testing.T) {
 	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	for name, target := range map[string]int{"process": 1, "group": -1} {
-		for round := range 5 {
+		for round := range 4 {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
 				signalDuringRestart(t, target, round)

@@ -576,7 +576,7 @@ func TestDrainOfInstancesAtTheSameAddressFailsNoClient(t *testing.T) {
 			return false
 		}
 		defer conn.Close()
-		time.Sleep(300 * time.Millisecond) // in the handshake
+		time.Sleep(150 * time.Millisecond) // in the handshake
 		err = exchange(conn, "request")
 		served.Add(1)
 		if time.Since(start) > maxHandshake*3/4 {

@@ -26,8 +26,8 @@ func TestEachConnectionIsServedOrRefused(t *testing.T) {
 		enough                     int64         // connections before Drain
 		takes                      time.Duration // if the accept loop handles each itself
 	}{
-		{"one accept loop", 1 + tcptest.Rounds(4), 1, 16, 50, 0},
-		{"many accept loops", 1 + tcptest.Rounds(4), 8, 16, 50, 0},
+		{"one accept loop", tcptest.Rounds(5), 1, 16, 50, 0},
+		{"many accept loops", tcptest.Rounds(5), 8, 16, 50, 0},
 		{"slow accept loop", 1, 1, 16, 16, tcptest.BlindWait / 8},
 		{"very slow accept loop", 1, 1, 4, 1, tcptest.BlindWait * 6 / 5},
 	} {

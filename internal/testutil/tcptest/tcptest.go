@@ -271,10 +271,10 @@ func SkipIfShort(t testing.TB, why string) {
 	}
 }
 
-// Rounds is n, or a tenth of it in a short run.
+// Rounds is n, or a tenth of it in a short run, but at least one.
 func Rounds(n int) int {
 	if testing.Short() {
-		return n / 10
+		return max(1, n/10)
 	}
 	return n
 }
