@@ -183,7 +183,7 @@ func ExampleStoppableListener_Drain() {
 // or after a second.
 func greet(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(time.Second)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now().Add(time.Second)) })
 	defer stop()
 	for lines := bufio.NewScanner(conn); lines.Scan(); {
 		isLast := ctx.Err() != nil // not later, when the client may be sending the next line
@@ -202,7 +202,7 @@ func ExampleStoppableListener_Stop() {
 	}
 	defer l.Close()
 
-	// serve starts a server on l that responds with its name, until stop is called.
+	// serve starts a server that responds with its name. It accepts from l until stop is called.
 	serve := func(name string) (stop func()) {
 		sl, err := stoppablelistener.New(l)
 		if err != nil {

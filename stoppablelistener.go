@@ -20,9 +20,9 @@
 //
 // # HTTP servers
 //
-// Package httpdrain shuts down an http.Server with one call, and with far fewer failed requests than
-// Shutdown. If you call Drain or Stop yourself, Serve returns StoppedError, and the server still
-// serves its open connections, until you call Shutdown.
+// Package httpdrain shuts down an http.Server with one call, and with far fewer failed requests
+// than Shutdown. If you call Drain or Stop yourself, Serve returns StoppedError, and the server
+// still serves its open connections, until you call Shutdown.
 //
 // Serve closes its listener when it returns. After Drain, that resets no connection, within the
 // limits of [StoppableListener.Drain]. If the socket is used again after Stop, keep it open:
@@ -161,8 +161,8 @@ func (sl *StoppableListener) Accept() (net.Conn, error) {
 // accept queue. If Stop is called while it is blocked, it returns StoppedError, or the connection
 // that it has just taken from the accept queue: it never drops a connection. After Drain, it
 // returns connections first, and then StoppedError. After the deadline set with SetDeadline, it
-// returns an error that wraps [os.ErrDeadlineExceeded]. After Close, it returns one that wraps
-// [net.ErrClosed], unless Stop or Drain was called too. Other errors are those of package net.
+// returns an error that wraps [os.ErrDeadlineExceeded]. After Close, it returns package net's
+// error, unless Stop or Drain was called too. Other errors are those of package net.
 func (sl *StoppableListener) AcceptTCP() (*net.TCPConn, error) {
 	for !sl.stopped() {
 		conn, err := sl.TCPListener.AcceptTCP()
@@ -253,10 +253,10 @@ func (sl *StoppableListener) Stop() {
 // kernel forbids that, or the socket was created in another network namespace, Accept waits for
 // handshakes until 250 ms after Drain.
 //
-// Before Linux 5.7, on other systems, in some sandboxes, and, for unprivileged processes, on a socket
-// that is bound to a device, or to a link-local address, connections cannot be refused. Accept returns
-// connections for 250 ms after Drain, and then StoppedError. Closing the socket then resets the
-// connections in its accept queue and in the handshake.
+// Before Linux 5.7, on other systems, in some sandboxes, and, for unprivileged processes, on a
+// socket that is bound to a device, or to a link-local address, connections cannot be refused.
+// Accept returns connections for 250 ms after Drain, and then StoppedError. Closing the socket then
+// resets the connections in its accept queue and in the handshake.
 func (sl *StoppableListener) Drain() {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()

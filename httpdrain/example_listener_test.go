@@ -35,7 +35,7 @@ func ExampleListener() {
 
 type drainable struct {
 	net.Listener
-	sl *stoppablelistener.StoppableListener
+	sl httpdrain.Listener // a StoppableListener, or a Listener of package restart
 }
 
 func (d drainable) Drain() { d.sl.Drain() }

@@ -62,4 +62,4 @@ func Example_shutdownOrder() {
 }
 
 // delay is longer than the load balancer needs to notice that the readiness probe fails.
-var delay = 5 * time.Second
+var delay = 10 * time.Second

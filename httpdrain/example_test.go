@@ -26,7 +26,7 @@ func Example() {
 	})
 	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "Hello") })
 	drainer := httpdrain.New(&http.Server{Addr: ":" + os.Getenv("PORT")})
-	drainer.Delay = 5 * time.Second // longer than the load balancer needs to notice
+	drainer.Delay = 10 * time.Second // longer than the load balancer needs to notice
 	if err := drainer.ListenAndServe(ctx); err != nil {
 		log.Fatal(err)
 	}

@@ -24,9 +24,9 @@
 // Handlers get the ResponseWriter of package http itself, with its optional interfaces. Their
 // contexts are not done when that of Serve is. For handlers that are called after that, the header
 // Connection: close is already set, over HTTP/2 only where package http sends GOAWAY because of it.
-// It is not for CONNECT and for upgrades other than to h2c or TLS, which package http ignores. A
-// handler must keep that header, except while it sends an informational response, such as 103 Early
-// Hints, which some clients reject otherwise. The example ReverseProxy shows how.
+// It is set neither for CONNECT nor for upgrades, except those to h2c or TLS, which package http
+// ignores. A handler must keep that header, except while it sends an informational response, such
+// as 103 Early Hints, which some clients reject otherwise. The example ReverseProxy shows how.
 //
 // A handler that streams until the client disconnects, such as one for server-sent events, should
 // return when ctx is done. With Delay, its client may reach this server again: let it return when
@@ -117,7 +117,8 @@ func New(server *http.Server) *Drainer {
 // A Listener is what a [Drainer] serves: a [*stoppablelistener.StoppableListener], or a listener
 // that wraps one, with a Drain method that calls the Drain method of what it wraps.
 //
-// After Drain, Accept must return the pending connections, and then an error.
+// After Drain, Accept must return an error, and before that the pending connections, unless the
+// next server is to accept them.
 //
 // To keep a socket open for the next server of the same process, let Drain and Close call Stop of
 // the StoppableListener, and do nothing else. The next server may wrap the socket when Serve has

@@ -71,4 +71,4 @@ func serveInOrder(ctx context.Context, p *restart.Process) error {
 }
 
 // delay is longer than the load balancer needs to notice that the readiness probe fails.
-var delay = 5 * time.Second
+var delay = 10 * time.Second

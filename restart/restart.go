@@ -67,9 +67,9 @@
 // # Limitations
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
-//   - During a restart, two processes run, which need memory, process IDs and descriptors for
-//     two: otherwise, the system may kill the parent. What only one process can have, such as a
-//     file lock, must be taken after Ready, as in the example Lock of Run.
+//   - During a restart, three processes run, and more if old ones still serve requests. If there is
+//     not enough memory for them, the system may kill the parent. What only one process can have,
+//     such as a file lock, must be taken after Ready, as in the example Lock of Run.
 //   - The parent keeps running the version of the program, with the limits and as the user, that
 //     it was started with. What packages and main start there, such as periodic tasks and metrics,
 //     never stops: start it in serve. When serve returns, unused memory is returned to the system.
