@@ -37,14 +37,18 @@ func Listen(t testing.TB) *net.TCPListener {
 }
 
 // FreeAddr returns an address at which nothing listens. No other test gets its port meanwhile, to
-// listen or to connect, since systems assign ports from 32768 on.
+// listen or to connect, since systems assign ports from 32768 on. FreeAddr does not listen there to
+// try it: a process that another test is starting would have the socket too.
 func FreeAddr(t testing.TB) string {
 	t.Helper()
 	for range 100 {
-		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 20000+rand.IntN(10000)))
+		addr := fmt.Sprint("127.0.0.1:", 20000+rand.IntN(10000))
+		conn, err := net.Dial("tcp", addr)
+		if IsRefused(err) {
+			return addr
+		}
 		if err == nil {
-			require.NoError(t, l.Close())
-			return l.Addr().String()
+			conn.Close()
 		}
 	}
 	require.FailNow(t, "no free port")
