@@ -67,9 +67,9 @@
 // # Limitations
 //
 //   - Only Unix systems can restart. On others, Run serves until [os.Interrupt].
-//   - During a restart, three processes run, and more if old ones still serve requests. If there is
-//     not enough memory for them, the system may kill the parent. What only one process can have,
-//     such as a file lock, must be taken after Ready, as in the example Lock of Run.
+//   - During a restart, up to three processes run, and more if old ones still serve requests. If
+//     there is not enough memory for them, the system may kill the parent. What only one process
+//     can have, such as a file lock, must be taken after Ready, as in the example Lock of Run.
 //   - The parent keeps running the version of the program, with the limits and as the user, that
 //     it was started with. What packages and main start there, such as periodic tasks and metrics,
 //     never stops: start it in serve. When serve returns, unused memory is returned to the system.
@@ -173,8 +173,8 @@ func Run(serve func(ctx context.Context, p *Process) error) error {
 // Sockets of socket activation that are not TCP listeners are closed.
 //
 // Call Listen before Ready: it keeps a duplicate of the socket for the next new process. A later
-// Listen keeps none, and the next new process finds the address in use. The port stays open, even if the
-// caller closes the listener, until the service is stopped or a new process has called Ready
+// Listen keeps none, and the next new process finds the address in use. The port stays open, even
+// if the caller closes the listener, until the service is stopped or a new process has called Ready
 // without having called Listen for it. The latter resets the connections in the accept queue.
 func (p *Process) Listen(network, address string) (*Listener, error) {
 	switch network {
