@@ -113,14 +113,7 @@ func TestExampleStopsWhatOthersNeedAfterThem(t *testing.T) {
 	t.Parallel()
 	admin := tcptest.FreeAddr(t)
 	p, addr := startExample(t, "shutdown order", "ADMIN_PORT="+port(admin))
-	status := func(path string) int {
-		c := httpclient.Dial(t, admin, nil)
-		defer c.Close()
-		c.Get(t, path)
-		resp, _ := c.Response(t)
-		return resp.StatusCode
-	}
-	require.Equal(t, http.StatusOK, status("/ready"))
+	require.Equal(t, http.StatusOK, httpclient.Status(t, admin, "/ready"))
 	idle := httpclient.Dial(t, addr, nil)
 	idle.Get(t, "/")
 	idle.Response(t)
@@ -133,7 +126,7 @@ func TestExampleStopsWhatOthersNeedAfterThem(t *testing.T) {
 	start := time.Now()
 	proctest.Signal(t, p.Process, syscall.SIGTERM)
 	tcptest.Await(t, "failure of the readiness probe", func() bool {
-		return status("/ready") == http.StatusServiceUnavailable
+		return httpclient.Status(t, admin, "/ready") == http.StatusServiceUnavailable
 	})
 	httpload.RequireRefused(t, wait())
 	assert.GreaterOrEqual(t, time.Since(start), shortDelay, "until connections are refused")
@@ -141,7 +134,7 @@ func TestExampleStopsWhatOthersNeedAfterThem(t *testing.T) {
 	idle.Get(t, "/?job="+lastJob)
 	idle.AwaitClosed(t)
 	<-time.After(50 * time.Millisecond) // what does not wait for the worker stops now
-	require.Equal(t, http.StatusOK, status("/debug/vars"))
+	require.Equal(t, http.StatusOK, httpclient.Status(t, admin, "/debug/vars"))
 	httpclient.Dial(t, admin, nil).Get(t, "/finish") // the program may exit before it responds
 	p.RequireLines(t, fmt.Sprint("closed, with ", accepted.Load()+2, " jobs"))
 	p.RequireStatus(t, 0)

@@ -49,18 +49,13 @@ func TestExampleKeepsTheOrderOfTheShutdown(t *testing.T) {
 	tcptest.SkipIfShort(t, "starts many processes")
 	t.Parallel()
 	l, admin := tcptest.Listen(t), tcptest.Listen(t)
+	adminAddr := admin.Addr().String()
 	path := filepath.Join(t.TempDir(), "jobs")
 	s := launch(t, "order", activated(t, "$$", l, admin),
-		with("ADDR="+l.Addr().String(), "ADMIN_ADDR="+admin.Addr().String(), "JOBS="+path))
-	status := func(l net.Listener, path string) int {
-		c := httpclient.Dial(t, l.Addr().String(), nil)
-		defer c.Close()
-		c.Get(t, path)
-		resp, _ := c.Response(t)
-		return resp.StatusCode
-	}
+		with("ADDR="+l.Addr().String(), "ADMIN_ADDR="+adminAddr, "JOBS="+path))
 	stopProbes := tcptest.Loop(t, 2, func() bool {
-		return assert.Equal(t, http.StatusOK, status(admin, "/ready"), "readiness during a restart")
+		status := httpclient.Status(t, adminAddr, "/ready")
+		return assert.Equal(t, http.StatusOK, status, "readiness during a restart")
 	})
 	accepted := restartExample(t, s, l)
 	stopProbes()
@@ -70,9 +65,9 @@ func TestExampleKeepsTheOrderOfTheShutdown(t *testing.T) {
 	idle.Response(t)
 	s.signal(t, syscall.SIGTERM)
 	tcptest.Await(t, "failure of the readiness probe", func() bool {
-		return status(admin, "/ready") == http.StatusServiceUnavailable
+		return httpclient.Status(t, adminAddr, "/ready") == http.StatusServiceUnavailable
 	})
-	assert.Equal(t, http.StatusOK, status(admin, "/debug/vars"), "while the API shuts down")
+	assert.Equal(t, http.StatusOK, httpclient.Status(t, adminAddr, "/debug/vars"), "while the API shuts down")
 	idle.AwaitClosed(t)
 	s.RequireStatus(t, 0)
 	jobs, err := os.ReadFile(path)

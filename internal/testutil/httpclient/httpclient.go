@@ -97,6 +97,16 @@ func (c *Conn) Response(t testing.TB) (*http.Response, string) {
 	return resp, string(body)
 }
 
+// Status returns the status of the response to a GET request on a connection of its own.
+func Status(t testing.TB, addr, path string) int {
+	t.Helper()
+	c := Dial(t, addr, nil)
+	defer c.Close()
+	c.Get(t, path)
+	resp, _ := c.Response(t)
+	return resp.StatusCode
+}
+
 // RequireLastResponse wants a response with that body and Connection: close, after which the
 // connection is closed.
 func (c *Conn) RequireLastResponse(t testing.TB, body string) {

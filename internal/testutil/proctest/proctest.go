@@ -86,13 +86,7 @@ func (p Process) AwaitExit(t testing.TB) {
 // receive is [tcptest.Receive] with patience.
 func receive[T any](t testing.TB, ch <-chan T, what string) T {
 	t.Helper()
-	select {
-	case v := <-ch:
-		return v
-	case <-time.After(patience):
-		require.FailNow(t, "missing after "+patience.String()+": "+what)
-		panic("unreachable")
-	}
+	return tcptest.ReceiveWithin(t, patience, ch, what)
 }
 
 // Start starts the command. Its processes are killed when the test ends.

@@ -193,11 +193,17 @@ func awaitAcceptors(t testing.TB, n int, results <-chan Accepted) {
 // message says what is missing.
 func Receive[T any](t testing.TB, ch <-chan T, what string) T {
 	t.Helper()
+	return ReceiveWithin(t, Patience, ch, what)
+}
+
+// ReceiveWithin is Receive with another time than Patience.
+func ReceiveWithin[T any](t testing.TB, patience time.Duration, ch <-chan T, what string) T {
+	t.Helper()
 	select {
 	case v := <-ch:
 		return v
-	case <-time.After(Patience):
-		require.FailNow(t, "missing after "+Patience.String()+": "+what)
+	case <-time.After(patience):
+		require.FailNow(t, "missing after "+patience.String()+": "+what)
 		panic("unreachable")
 	}
 }
